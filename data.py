@@ -1,0 +1,738 @@
+"""From published rows to packed batches: tokenizer, chat template, reading, the token cache, packing, a built-in task.
+
+    python data.py FILE --model DIR     # counts, lengths, packing efficiency, and one row with its loss mask in colour
+
+A training row is ShareGPT (`system`, `conversations` of from/value), `messages` of role/content, or a kept sample (a
+problem's fields and `response`). Rows come from .json, .jsonl (also .gz), .csv and .parquet files, from data sets on the
+Hugging Face hub, and from `builtin:...`. Loss is taken on what the assistant says and on its end token, found by position:
+several tokenizers pad with their end token, and a mask made by token id would teach a model never to stop.
+
+Sources: the formats and prompts of NovaSky's Sky-T1 (github.com/NovaSky-AI/SkyThought); the chat template of
+Qwen2.5-Instruct. Limits: plain text turns only (no tools, no images); .parquet needs pyarrow.
+"""
+import argparse
+import csv
+import functools
+import gzip
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, pre_tokenizers
+from tqdm import tqdm
+
+from model import IGNORE, Qwen2Config
+
+# The system prompts of the trained model and of its teacher, by name; the spelling is the original's.
+SYSTEM_PROMPTS = {
+    "skyt1": (
+        "Your role as an assistant involves thoroughly exploring questions through a systematic long thinking process before "
+        "providing the final precise and accurate solutions. This requires engaging in a comprehensive cycle of analysis, "
+        "summarizing, exploration, reassessment, reflection, backtracing, and iteration to develop well-considered thinking "
+        "process. Please structure your response into two main sections: Thought and Solution. In the Thought section, detail "
+        "your reasoning process using the specified format: <|begin_of_thought|> {thought with steps separated with '\n\n'} "
+        "<|end_of_thought|> Each step should include detailed considerations such as analisying questions, summarizing "
+        "relevant findings, brainstorming new ideas, verifying the accuracy of the current steps, refining any errors, and "
+        "revisiting previous steps. In the Solution section, based on various attempts, explorations, and reflections from the "
+        "Thought section, systematically present the final solution that you deem correct. The solution should remain a "
+        "logical, accurate, concise expression style and detail necessary step needed to reach the conclusion, formatted as "
+        "follows: <|begin_of_solution|> {final formatted, precise, and clear solution} <|end_of_solution|> Now, try to solve "
+        "the following question through the above guidelines:"),
+    "qwq": ("You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step."),
+}
+QWEN_DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+
+# What the recipe puts before a bare problem.
+MATH_PROMPT = "Return your final response within \\boxed{}. "
+CHOICE_PROMPT = ("Return your final response within \\boxed{} and only include the letter choice (A, B, C, or D) as your final "
+                 "response. ")
+STDIN_PROMPT = ("Generate an executable Python function generated from the given prompt. The function should take stdin as "
+                "input and print the output. Simply call the function after the definition. ")
+CALL_PROMPT = ("Generate an executable Python function generated from the given prompt. Return the function body without "
+               "invoking it at the final solution. ")
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
+CACHE_VERSION = 1  # part of the cache's key: raise it when the meaning of the cached files changes
+
+
+# ------------------------------------------------------------------------------------- tokenizer and chat template
+
+class Tokenizer:
+    """tokenizer.json and what its folder says beside it: end token, pad token, chat template (None: Qwen2.5's)."""
+
+    def __init__(self, backend, eos_token=None, pad_token=None, template=None, folder=None):
+        self.backend, self.template, self.folder = backend, template, folder
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.eos_token_id = backend.token_to_id(eos_token) if eos_token else None
+        self.pad_token_id = backend.token_to_id(pad_token) if pad_token else None
+
+    def encode(self, text):
+        """Token ids of a text; special tokens written in it are recognised, none is added."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts):
+        return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids):
+        return self.backend.decode(ids, skip_special_tokens=False)
+
+    def token_id(self, token):
+        """The id of one token of the vocabulary; ValueError where there is none."""
+        index = self.backend.token_to_id(token)
+        if index is None:
+            raise ValueError(f"the tokenizer has no token {token!r}: choose another --end_token")
+        return index
+
+    @functools.cached_property
+    def end_token(self):
+        """What the chat template puts behind an assistant's turn: the token that generation stops on."""
+        turn = render_chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}], template=self.template)
+        end = turn.rpartition("ANSWER")[2].strip()
+        if end:
+            return end
+        if self.eos_token_id is None:
+            raise ValueError(f"{self.folder}: neither chat template nor tokenizer_config.json name an end token")
+        return self.backend.id_to_token(self.eos_token_id)
+
+    def save(self, folder):
+        """Writes the tokenizer files: copies of the folder's own, or those of the built-in tokenizer."""
+        names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json",
+                 "merges.txt", "added_tokens.json"]
+        if self.folder is not None:
+            for name in names:
+                if (Path(self.folder) / name).is_file():
+                    shutil.copyfile(Path(self.folder) / name, Path(folder) / name)
+            return
+        self.backend.save(str(Path(folder) / names[0]))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_token, "pad_token": "<|endoftext|>",
+                  "clean_up_tokenization_spaces": False, "chat_template": self.template}
+        (Path(folder) / names[1]).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_tokenizer(model_dir):
+    """Reads tokenizer.json, and end, pad and chat template from tokenizer_config.json and chat_template.jinja where they
+    exist. `builtin:tiny` is bytes. Raises FileNotFoundError or ValueError that name the file."""
+    if model_dir == "builtin:tiny":
+        return builtin_tokenizer()
+    folder = Path(model_dir)
+    path, config_path, jinja_path = folder / "tokenizer.json", folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: copy the tokenizer of the model that the weights come from")
+    try:
+        backend = Backend.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{path} is not a tokenizer ({error}): download it again") from None
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        config = json.loads(config_path.read_text()) if config_path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{config_path} is broken ({error}): download it again") from None
+    token = {key: value["content"] if isinstance(value := config.get(key), dict) else value for key in ("eos_token", "pad_token")}
+    template = jinja_path.read_text() if jinja_path.is_file() else config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+    return Tokenizer(backend, token["eos_token"], token["pad_token"], template, folder)
+
+
+def builtin_tokenizer():
+    """256 bytes and three of Qwen's special tokens. Its chat template adds no system turn of its own."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    template = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    return Tokenizer(backend, "<|im_end|>", "<|endoftext|>", template)
+
+
+@functools.lru_cache(maxsize=8)
+def compiled_template(template):
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # a template comes with a model, and is as little trusted
+
+    def refuse(message):
+        raise ValueError(f"the chat template refuses these messages: {message}")
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(template)
+
+
+def render_chat(messages, add_generation_prompt=False, template=None):
+    """The text of a conversation. Without a template (jinja2 source) it is Qwen2.5-Instruct's, default system included."""
+    if template is not None:
+        return compiled_template(template).render(messages=messages, add_generation_prompt=add_generation_prompt,
+                                                  bos_token="", eos_token="")
+    if messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": QWEN_DEFAULT_SYSTEM}, *messages]
+    for message in messages:
+        if message["role"] not in ("system", "user", "assistant"):
+            raise ValueError(f"unknown role {message['role']!r}: must be system, user or assistant")
+    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    return text + "<|im_start|>assistant\n" if add_generation_prompt else text
+
+
+def conversation_segments(tokenizer, messages, end_token=None):
+    """A conversation as (text, is_target) pieces that are tokenised one by one. A cut lies exactly where generation will
+    start, so that the tokens learnt are those that a prompt is continued with, even if an answer begins with a newline.
+
+    `end_token` replaces the template's behind each answer; if it is another one, the text ends there.
+    """
+    segments, done, end = [], "", tokenizer.end_token
+    render = functools.partial(render_chat, template=tokenizer.template)
+    for k, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = render(messages[:k], add_generation_prompt=True)
+        if not prompt.startswith(done):
+            raise ValueError("the chat template changes earlier turns: only rows with one answer can be trained on")
+        segments += [(prompt[len(done):], False), (message["content"], True), (end_token or end, True)]
+        done = prompt + message["content"] + end
+    text = render(messages)
+    if text.startswith(done) and (end_token or end) == end and messages[-1]["role"] == "assistant":
+        segments.append((text[len(done):], False))  # Qwen's newline after the end of the turn
+    return [s for s in segments if s[0]]
+
+
+def encode_conversation(tokenizer, messages, end_token=None):
+    """messages (dicts of role and content) -> (token ids, mask): mask[i] is 1 exactly when token i is a target, that is
+    the text of every assistant turn and its end token. Targets are not shifted here."""
+    ids, mask = [], []
+    for text, is_target in conversation_segments(tokenizer, messages, end_token):
+        tokens = tokenizer.encode(text)
+        ids += tokens
+        mask += [int(is_target)] * len(tokens)
+    return ids, mask
+
+
+# ------------------------------------------------------------------------------------------------------ reading rows
+
+def find(name, repo_type, patterns):
+    """The local path of a file or folder, or of a hub repository (fetched once; HF_HUB_OFFLINE uses the cache alone).
+
+    A name that looks like a path never asks the hub. Raises FileNotFoundError with the reason.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.startswith((".", "/", "~", "builtin:")) or name.count("/") != 1 or name.endswith(DATA_SUFFIXES):
+        raise FileNotFoundError(f"{name} does not exist here, and is not the name of a {repo_type} on the hub (owner/name)")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(name, repo_type=repo_type, allow_patterns=patterns))
+    except Exception as error:  # network, missing repository, licence, offline: the library has a class for each
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(f"{name} is neither a path here nor could it be fetched from the hub: {reason}") from None
+
+
+def find_model(name):
+    return name if name == "builtin:tiny" else find(name, "model", ["*.json", "*.safetensors", "*.jinja", "*.txt"])
+
+
+def find_data(name):
+    """The data files of one --data argument: a file, or those of a folder or hub data set, its train split if it has one."""
+    path = find(name, "dataset", [f"*{suffix}" for suffix in DATA_SUFFIXES])
+    if path.is_file():
+        return [path]
+    files = sorted(p for p in path.rglob("*") if p.name.endswith(DATA_SUFFIXES) and p.name != "dataset_infos.json")
+    files = [p for p in files if "train" in str(p.relative_to(path))] or files
+    if not files:
+        raise FileNotFoundError(f"{name} holds no data file ({', '.join(DATA_SUFFIXES)})")
+    return files
+
+
+def read_rows(path):
+    """Yields (row, line number) of a .json, .jsonl, .csv or .parquet file; rows of the last are counted from 1.
+
+    Raises ValueError naming file and line for what is not UTF-8, not JSON, or not an object; and for an empty file.
+    """
+    rows, empty = {".csv": csv_rows, ".parquet": parquet_rows}.get(path.suffix, json_rows)(path), True
+    for row, line in rows:
+        empty = False
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{line}: a row must be an object, this one is a {type(row).__name__}")
+        yield row, line
+    if empty:
+        raise ValueError(f"{path} holds no rows")
+
+
+def json_rows(path):
+    """One object a line, or one array of objects. An array is decoded row by row: the text is in memory, its objects are not."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        try:
+            start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+            file.seek(0)
+            if start == b"[":
+                yield from array_rows(path, decode(path, 1, file.read()))
+                return
+            for number, line in enumerate(file, 1):
+                text = decode(path, number, line)
+                if text.strip():
+                    yield parse(path, number, json.loads, text), number
+        except (gzip.BadGzipFile, EOFError) as error:
+            raise ValueError(f"{path} is not a complete gzip file ({error})") from None
+
+
+def decode(path, line, raw):
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line += raw[:error.start].count(b"\n")
+        raise ValueError(f"{path}:{line}: not UTF-8 (byte {raw[error.start]:#x}): save the file as UTF-8") from None
+
+
+def parse(path, line, loads, *args):
+    try:
+        return loads(*args)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}:{line}: broken JSON ({getattr(error, 'msg', 'nested too deep')})") from None
+
+
+def array_rows(path, text):
+    space = functools.partial(json.decoder.WHITESPACE.match, text)
+    position, line, counted = space(space().end() + 1).end(), 1, 0
+    while text[position:position + 1] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        row, position = parse(path, line, json.JSONDecoder().raw_decode, text, position)
+        yield row, line
+        position = space(position).end()
+        if text[position:position + 1] == ",":
+            position = space(position + 1).end()
+        elif text[position:position + 1] != "]":
+            line += text.count("\n", counted, position)
+            raise ValueError(f"{path}:{line}: broken JSON (no comma or closing bracket after a row: is the file truncated?)")
+
+
+def csv_rows(path):
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        yield from ((row, number) for number, row in enumerate(csv.DictReader(file), 1))
+
+
+def parquet_rows(path):
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ValueError(f"{path}: reading parquet needs pyarrow (pip install pyarrow), or convert it once with: python -c "
+                         f"\"import pandas; pandas.read_parquet('{path.name}').to_json('rows.jsonl', orient='records', "
+                         "lines=True)\"") from None
+    number = 0
+    for batch in parquet.ParquetFile(path).iter_batches():
+        for row in batch.to_pylist():
+            number += 1
+            yield row, number
+
+
+def recipe_prompt(problem):
+    """The user turn that the recipe makes of a problem, by its kind."""
+    kind = problem.get("kind")
+    if kind == "code":
+        first = (problem.get("tests") or [{}])[0]
+        return (STDIN_PROMPT if "input" in first else CALL_PROMPT) + problem["prompt"]
+    return {"math": MATH_PROMPT, "choice": CHOICE_PROMPT}.get(kind, "") + problem["prompt"]
+
+
+def to_messages(row, system="skyt1"):
+    """A training row as messages. `system` (a name of SYSTEM_PROMPTS, "none", or a text) goes before kept samples, which
+    carry none. Raises ValueError that names the field."""
+    if isinstance(row.get("conversations"), list):
+        turns = [turn_of(turn, "from", "value") for turn in row["conversations"]]
+        if row.get("system"):
+            turns.insert(0, {"role": "system", "content": row["system"]})
+    elif isinstance(row.get("messages"), list):
+        turns = [turn_of(turn, "role", "content") for turn in row["messages"]]
+    elif isinstance(row.get("response"), str) and isinstance(row.get("prompt"), str):
+        turns = [{"role": "user", "content": recipe_prompt(row)}, {"role": "assistant", "content": row["response"]}]
+        if system != "none":
+            turns.insert(0, {"role": "system", "content": SYSTEM_PROMPTS.get(system, system)})
+    else:
+        raise ValueError(f"not a training row (fields: {', '.join(row) or 'none'}): it needs `conversations`, `messages`, or "
+                         "`prompt` and `response`")
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise ValueError("no assistant turn, so nothing to learn from")
+    return turns
+
+
+def turn_of(turn, role_field, text_field):
+    if not isinstance(turn, dict) or role_field not in turn:
+        raise ValueError(f"a turn has no `{role_field}`")
+    if turn[role_field] not in ROLES:
+        raise ValueError(f"unknown role {turn[role_field]!r}: must be one of {', '.join(ROLES)}")
+    if not isinstance(turn.get(text_field), str):
+        raise ValueError(f"`{text_field}` of a {turn[role_field]} turn is not a string")
+    return {"role": ROLES[turn[role_field]], "content": turn[text_field]}
+
+
+# --------------------------------------------------------------------------------------------------- a built-in task
+
+def builtin_problems(split, count, seed=0):
+    """Additions of three numbers, as problems with `answer` and a worked `solution`. Splits never share a problem."""
+    generator = random.Random(f"{split} {seed}")
+    for _ in range(count):
+        while True:
+            a, b, c = (generator.randrange(10 ** generator.randint(2, 4)) for _ in range(3))
+            if (((a * 10_007 + b) * 10_007 + c) % 16 == 0) == (split == "heldout"):
+                break
+        steps, carry = [], 0
+        for place in range(len(str(max(a, b, c)))):
+            digits = [n // 10 ** place % 10 for n in (a, b, c)]
+            total = sum(digits) + carry
+            steps.append("+".join(map(str, digits)) + f"+{carry}={total}")
+            carry = total // 10
+        answer = str(a + b + c)
+        prompt = f"{a}+{b}+{c}=?"
+        yield {"id": prompt, "source": "builtin", "kind": "math", "prompt": prompt, "answer": answer,
+               "solution": "\n".join(steps) + f"\n\\boxed{{{answer}}}"}
+
+
+def builtin_rows(name):
+    """Training rows of `builtin:worked` (solutions digit by digit), `builtin:bare` (the answer alone), each :COUNT long."""
+    _, kind, count = (name + ":20000").split(":")[:3]
+    if kind not in ("worked", "bare") or not count.isdigit():
+        raise ValueError(f"{name}: the built-in data are builtin:worked and builtin:bare, each with :COUNT after it if wanted")
+    for problem in builtin_problems("train", int(count)):
+        response = problem["solution"] if kind == "worked" else f"\\boxed{{{problem['answer']}}}"
+        yield {"messages": [{"role": "user", "content": problem["prompt"]}, {"role": "assistant", "content": response}]}
+
+
+# --------------------------------------------------------------------------------- tokenised rows in a memory map
+
+ROW = np.dtype([("start", "<i8"), ("file", "<i4"), ("line", "<i8"), ("digest", "<u8")])
+
+
+@dataclass
+class TokenizedRows:
+    """Rows as token ids in a memory map: `kept` are the indices trained on, `counts` says where the others went."""
+    tokens: np.ndarray   # (all tokens,) uint32
+    mask: np.ndarray     # (all tokens,) uint8: 1 where the token is a target
+    rows: np.ndarray     # (rows,) ROW
+    ends: np.ndarray     # (rows,) exclusive end of each, truncation included
+    kept: np.ndarray
+    counts: dict
+    files: list
+    digest: str          # of content and settings
+
+    def __len__(self):
+        return len(self.kept)
+
+    @functools.cached_property
+    def lengths(self):
+        """Tokens of each kept row."""
+        return (self.ends - self.rows["start"])[self.kept]
+
+    def __getitem__(self, i):
+        """Kept row i: token ids and mask, both (T,)."""
+        index = self.kept[i]
+        span = slice(self.rows["start"][index], self.ends[index])
+        return self.tokens[span].astype(np.int64), self.mask[span]
+
+    @functools.cached_property
+    def num_targets(self):
+        """Targets of each kept row. The first token of a row is nobody's target; it is never one by the mask either."""
+        starts = self.rows["start"]
+        return np.array([int(self.mask[starts[i]:self.ends[i]].sum()) for i in self.kept])
+
+    def where(self, i):
+        row = self.rows[self.kept[i]]
+        return f"{self.files[row['file']]}:{row['line']}"
+
+
+def load_rows(names, tokenizer, max_seq_len, end_token=None, system="skyt1", as_published=False, cache=None, quiet=False):
+    """Reads, tokenises and caches the rows of several --data names. Returns TokenizedRows.
+
+    Duplicates and rows over max_seq_len are dropped, with as_published kept and truncated. Raises ValueError and
+    FileNotFoundError that name file and line.
+    """
+    sources = [[name] if name.startswith("builtin:") else find_data(name) for name in names]
+    sources = [s for several in sources for s in several]
+    settings = [CACHE_VERSION, end_token or tokenizer.end_token, system, tokenizer.template, tokenizer.backend.to_str()]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for source in sources:
+        digest.update(content_digest(source))
+    digest = digest.hexdigest()[:32]
+    folder = cache_folder(cache) / digest
+    if not (folder / "rows.npy").exists():
+        tokenize(sources, tokenizer, end_token, system, folder, quiet)
+    rows = np.load(folder / "rows.npy")
+    tokens, mask = (np.memmap(folder / f"{name}.bin", dtype, "r") for name, dtype in (("tokens", np.uint32), ("mask", np.uint8)))
+    return select(tokens, mask, rows, [str(s) for s in sources], digest, max_seq_len, as_published)
+
+
+def select(tokens, mask, rows, files, digest, max_seq_len, as_published):
+    """Which rows are trained on, and what became of each of the others."""
+    starts, ends = rows["start"], np.append(rows["start"][1:], len(tokens))
+    duplicate = np.ones(len(rows), bool)
+    duplicate[np.unique(rows["digest"], return_index=True)[1]] = False
+    too_long = ends - starts > max_seq_len
+    if as_published:
+        ends = np.minimum(ends, starts + max_seq_len)
+    no_target = np.array([not mask[a:b].any() for a, b in zip(starts, ends)])
+    dropped = no_target if as_published else no_target | duplicate | too_long
+    counts = {"rows": len(rows), "duplicates": int(duplicate.sum()), "over max_seq_len": int((too_long & ~duplicate).sum()),
+              "without a target": int((no_target & ~too_long & ~duplicate).sum()), "kept": int((~dropped).sum())}
+    if not counts["kept"]:
+        raise ValueError(f"no row left to train on: {counts}. Raise --max_seq_len ({max_seq_len})?")
+    return TokenizedRows(tokens, mask, rows, ends, np.flatnonzero(~dropped), counts, files, digest)
+
+
+def cache_folder(cache):
+    return Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sky-t1").expanduser()
+
+
+def content_digest(source):
+    digest = hashlib.sha256()
+    if isinstance(source, Path):
+        with open(source, "rb") as file:
+            while piece := file.read(2 ** 24):
+                digest.update(piece)
+    else:
+        for row in builtin_rows(source):
+            digest.update(json.dumps(row).encode())
+    return digest.digest()
+
+
+def tokenize(sources, tokenizer, end_token, system, folder, quiet):
+    """Writes tokens.bin, mask.bin and rows.npy of all sources, in a folder beside that is then renamed: a cache is whole or
+    absent. Rows are handled by the thousand, so memory does not grow with the data; tokenizers uses all cores."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + "."))
+    try:
+        with open(aside / "tokens.bin", "wb") as tokens, open(aside / "mask.bin", "wb") as masks:
+            rows, total = [], 0
+            for batch in tqdm(batches(sources, tokenizer, end_token, system), desc="tokenising", unit=" thousand rows",
+                              disable=quiet):
+                encoded = iter(tokenizer.encode_batch([text for *_, segments in batch for text, _ in segments]))
+                for file, line, segments in batch:
+                    pieces = [next(encoded) for _ in segments]
+                    ids = np.concatenate([np.array(p, np.uint32) for p in pieces])
+                    mask = np.repeat(np.array([is_target for _, is_target in segments], np.uint8), [len(p) for p in pieces])
+                    tokens.write(ids)
+                    masks.write(mask)
+                    digest = hashlib.sha256(ids.tobytes() + mask.tobytes()).digest()[:8]
+                    rows.append((total, file, line, int.from_bytes(digest, "little")))
+                    total += len(ids)
+        np.save(aside / "rows.npy", np.array(rows, ROW))
+        try:
+            os.rename(aside, folder)
+        except OSError:  # another process was first
+            if not (folder / "rows.npy").exists():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def batches(sources, tokenizer, end_token, system, size=1000):
+    """Yields lists of (file number, line, segments)."""
+    batch = []
+    for file, source in enumerate(sources):
+        numbered = read_rows(source) if isinstance(source, Path) else ((r, i) for i, r in enumerate(builtin_rows(source), 1))
+        for row, line in numbered:
+            try:
+                segments = conversation_segments(tokenizer, to_messages(row, system), end_token)
+            except ValueError as error:
+                raise ValueError(f"{source}:{line}: {error}") from None
+            batch.append((file, line, segments))
+            if len(batch) == size:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
+
+
+# ----------------------------------------------------------------------------------------------------------- packing
+
+def epoch_order(count, seed, epoch):
+    """The order in which the rows of an epoch are seen: by seed and epoch alone."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def batch_indices(count, batch_size, seed, step):
+    """The examples of one optimizer step; the last batch of an epoch may be smaller."""
+    epoch, position = divmod(step, -(-count // batch_size))
+    return epoch_order(count, seed, epoch)[position * batch_size:(position + 1) * batch_size]
+
+
+def pack(lengths, costs, max_seq_len, num_ranks):
+    """Packs the documents of a batch into rows: [micro_step][rank] -> list of document numbers.
+
+    All ranks meet at every micro-step, so a batch takes as long as the sum of each micro-step's dearest row. There are as
+    few micro-steps as best-fit packing allows; the dearest documents are dealt out first, each to the cheapest row with
+    room; rows of like cost share a micro-step; then documents are exchanged as long as that makes a dearest row cheaper.
+    """
+    lengths, costs = np.asarray(lengths), np.asarray(costs, float)
+    order = np.argsort(-lengths, kind="stable")
+    num_rows = -(-best_fit(lengths[order], max_seq_len) // num_ranks) * num_ranks
+    while (row_of := deal(order, lengths, costs, max_seq_len, num_rows)) is None:
+        num_rows += num_ranks
+    by_cost = np.argsort(-np.bincount(row_of, costs, num_rows), kind="stable")
+    row_of = np.argsort(by_cost)[row_of]  # row r belongs to micro-step r // num_ranks
+    exchange(row_of, lengths, costs, max_seq_len, num_rows, num_ranks)
+    rows = [np.flatnonzero(row_of == r).tolist() for r in range(num_rows)]
+    return [rows[i:i + num_ranks] for i in range(0, num_rows, num_ranks)]
+
+
+def best_fit(lengths, capacity):
+    """Rows that best-fit packing of lengths, longest first, needs."""
+    room = []
+    for length in lengths:
+        fitting = [r for r in range(len(room)) if room[r] >= length]
+        if fitting:
+            room[min(fitting, key=room.__getitem__)] -= length
+        else:
+            room.append(capacity - length)
+    return len(room)
+
+
+def deal(order, lengths, costs, capacity, num_rows):
+    """Each document in turn to the cheapest row that has room: its row, or None where one finds no room."""
+    row_of, room, cost = np.zeros(len(order), int), np.full(num_rows, capacity), np.zeros(num_rows)
+    for i in order:
+        row = np.where(room >= lengths[i], cost, np.inf).argmin()
+        if room[row] < lengths[i]:
+            return None
+        row_of[i] = row
+        room[row] -= lengths[i]
+        cost[row] += costs[i]
+    return row_of
+
+
+def exchange(row_of, lengths, costs, capacity, num_rows, num_ranks, tolerance=1.005, rounds=200):
+    """Improves row_of in place: swaps a document of a micro-step's dearest row for one (or none) of another row, the best
+    such swap each time, until all micro-steps are even or nothing helps."""
+    step_of = np.arange(num_rows) // num_ranks
+    # the candidates to come back: every document, and for every row "none", of no length and no cost
+    lengths, costs = np.append(lengths, np.zeros(num_rows, int)), np.append(costs, np.zeros(num_rows))
+    row_of_all = np.append(row_of, np.arange(num_rows))
+    for _ in range(rounds):
+        improved = False
+        for step in range(num_rows // num_ranks):
+            row_cost = np.bincount(row_of_all, costs, num_rows)
+            room = capacity - np.bincount(row_of_all, lengths, num_rows)
+            dearest = row_cost.reshape(-1, num_ranks).max(1)  # of each micro-step
+            row = step * num_ranks + row_cost[step * num_ranks:(step + 1) * num_ranks].argmax()
+            if row_cost[row] <= tolerance * row_cost[step_of == step].mean():
+                continue
+            mine = np.flatnonzero(row_of_all[:len(row_of)] == row)[:, None]  # (documents of the row, 1)
+            other_row = row_of_all[None]  # (1, candidates)
+            gain, growth = costs[mine] - costs[None], lengths[mine] - lengths[None]
+            after, other_after = row_cost[row] - gain, row_cost[other_row] + gain
+            here = step_of[other_row] == step
+            worst = np.where(here, np.maximum(after, other_after), after)
+            allowed = (other_row != row) & (growth <= room[other_row]) & (-growth <= room[row])
+            allowed &= here | (other_after <= dearest[step_of[other_row]])
+            worst = np.where(allowed, worst, np.inf)
+            i, j = np.unravel_index(worst.argmin(), worst.shape)
+            if worst[i, j] < row_cost[row] * (1 - 1e-4):
+                document, other = mine[i, 0], row_of_all[j]
+                if j < len(row_of):
+                    row_of_all[j] = row
+                row_of_all[document] = other
+                improved = True
+        if not improved:
+            break
+    row_of[:] = row_of_all[:len(row_of)]
+
+
+def imbalance(packed, costs):
+    """Time a packed batch takes over the time it would take evenly spread: 1 is perfect."""
+    costs = [[sum(costs[i] for i in row) for row in rows] for rows in packed]
+    return sum(map(max, costs)) * len(costs[0]) / sum(map(sum, costs))
+
+
+def assemble(rows, documents):
+    """Documents (row numbers) of one packed row -> input_ids, targets (1, T) int64 arrays and the document lengths.
+
+    Targets are shifted within each document. A row without documents is one token without a target: every rank must take
+    part in every micro-step.
+    """
+    ids, targets, lengths = [], [], []
+    for tokens, mask in (rows[i] for i in documents):
+        ids.append(tokens)
+        targets.append(np.append(np.where(mask[1:] == 1, tokens[1:], IGNORE), IGNORE))
+        lengths.append(len(tokens))
+    if not documents:
+        ids, targets, lengths = [np.zeros(1, np.int64)], [np.full(1, IGNORE)], [1]
+    return np.concatenate(ids)[None], np.concatenate(targets)[None], lengths
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+def histogram(lengths, width=50, bins=12):
+    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1).astype(int))
+    counts = np.histogram(lengths, edges)[0]
+    for low, high, count in zip(edges, edges[1:], counts):
+        yield f"{low:>7,} - {high - 1:>7,} {count:>7,} {'█' * -(-count * width // counts.max())}"
+
+
+def coloured(tokenizer, tokens, mask, limit=400):
+    """One row as text, targets in green, the rest grey; the middle of a long row is left out."""
+    spans = np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(mask)) + 1)
+    for span in spans:
+        text = tokenizer.decode(tokens[span].tolist())
+        if len(text) > limit:
+            text = f"{text[:limit // 2]} ... {len(text) - limit:,} characters ... {text[-limit // 2:]}"
+        yield f"\033[{32 if mask[span[0]] else 90}m{text}\033[0m"
+
+
+def one_line_errors(main):
+    """Runs a script's main: what a user can get wrong ends in one line on stderr and exit status 2."""
+    try:
+        main()
+    except BrokenPipeError:  # `python data.py ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (ValueError, OSError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+            print("error: " + " ".join(text.split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Shows what train.py will see of some data.")
+    parser.add_argument("data", nargs="+", help="files, hub data sets or builtin:...")
+    parser.add_argument("--model", required=True, help="folder, hub name or builtin:tiny: tokenizer and context length")
+    parser.add_argument("--max_seq_len", type=int, default=16384, help="tokens of a packed row (16384)")
+    parser.add_argument("--batch_size", type=int, default=96, help="examples of one optimizer step (96)")
+    parser.add_argument("--num_ranks", type=int, default=8, help="GPUs to plan the packing for (8)")
+    parser.add_argument("--seed", type=int, default=42, help="of the order (42)")
+    parser.add_argument("--end_token", help="end of an assistant's turn, instead of the template's")
+    parser.add_argument("--system", default="skyt1", help="system prompt of kept samples: skyt1, qwq, none, or a text")
+    parser.add_argument("--as_published", action="store_true", help="keep duplicates, truncate long rows")
+    parser.add_argument("--cache", help="folder of the token cache (~/.cache/sky-t1)")
+    parser.add_argument("--row", type=int, default=0, help="the kept row to show (0)")
+    args = parser.parse_args()
+
+    model_dir = find_model(args.model)
+    tokenizer, config = load_tokenizer(model_dir), Qwen2Config.from_pretrained(model_dir)
+    rows = load_rows(args.data, tokenizer, args.max_seq_len, args.end_token, args.system, args.as_published, args.cache)
+    if not 0 <= args.row < len(rows):
+        raise ValueError(f"--row {args.row}: the rows kept are 0 to {len(rows) - 1}")
+    print("  ".join(f"{name}: {count:,}" for name, count in rows.counts.items()))
+    lengths = rows.lengths
+    print(f"tokens: {lengths.sum():,}, targets {rows.num_targets.sum() / lengths.sum():.1%}; "
+          f"mean {lengths.mean():,.0f}, median {np.median(lengths):,.0f}, longest {lengths.max():,}")
+    print("\n".join(histogram(lengths)))
+    costs, used, computed, excess, steps = np.array([config.train_flops(n) for n in lengths]), 0, 0, [], 0
+    for step in range(min(20, -(-len(rows) // args.batch_size))):
+        batch = batch_indices(len(rows), args.batch_size, args.seed, step)
+        packed = pack(lengths[batch], costs[batch], args.max_seq_len, args.num_ranks)
+        used, computed = used + lengths[batch].sum(), computed + len(packed) * args.num_ranks * args.max_seq_len
+        excess.append(imbalance(packed, costs[batch]))
+        steps += len(packed)
+    print(f"packing on {args.num_ranks} ranks ({len(excess)} batches of {args.batch_size}): {steps / len(excess):.1f} micro-steps "
+          f"a batch, rows of {args.max_seq_len:,} filled {used / computed:.1%} (no padding is computed), "
+          f"cost max/mean {np.mean(excess):.3f}")
+    print(f"\nrow {args.row} ({rows.where(args.row)}), targets in green:")
+    print("".join(coloured(tokenizer, *rows[args.row])))
+
+
+if __name__ == "__main__":
+    one_line_errors(main)

@@ -1,0 +1,540 @@
+"""Qwen2, every size from 0.5B to 72B: configuration, layers, loss, and reading and writing of safetensors.
+
+Also the architecture of Qwen2.5, QwQ-32B-Preview, Sky-T1-32B-Preview and DeepSeek-R1-Distill-Qwen. Modules and configuration
+fields carry the names of the published checkpoints, so that loading and saving need no table of names:
+
+    model = Qwen2.from_pretrained("path/to/Qwen2.5-0.5B-Instruct")
+    logits = model(input_ids)                                          # (B, T, V)
+    loss = model(input_ids, targets, document_lengths=[900, 1148])     # summed over the targets, fp32
+
+Sources: Qwen2.5 (arXiv 2412.15115); RMSNorm (1910.07467), rotary embedding (2104.09864), grouped-query attention
+(2305.13245), SwiGLU (2002.05202); the reference the tests compare with is transformers' models/qwen2/modeling_qwen2.py.
+Limits: no sliding-window attention, no rope scaling, no quantised weights: such a config.json is refused by field.
+
+Shapes: B batch, T query tokens, S key tokens, C hidden_size, H query heads, Hkv key/value heads, D head_dim,
+I intermediate_size, V vocab_size, N tokens that have a target.
+"""
+import contextlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100              # a target that is none: PyTorch's own default for cross_entropy's ignore_index
+MLP_TILE = 4096            # tokens of one tile of the MLP under recompute="tiled"
+LOSS_CHUNK = 2 ** 27       # logits held at once by the loss: 512 MiB in fp32, whatever V and T are
+READ_BYTES = 2 ** 26       # weights are read in pieces of at most this size
+SHARD_BYTES = 5 * 10 ** 9  # size of one .safetensors file, as the published checkpoints have it
+
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+@dataclass(frozen=True)
+class Qwen2Config:
+    """The fields of config.json that change what is computed, under their own names. Defaults are transformers'."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list | None = None
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def matmul_parameters(self):
+        """Weights that a token is multiplied with: all matrices but the embedding, which is looked up."""
+        C, D, Hkv = self.hidden_size, self.head_dim, self.num_key_value_heads
+        attention = 2 * C * C + 2 * C * Hkv * D
+        return self.num_hidden_layers * (attention + 3 * C * self.intermediate_size) + self.vocab_size * C
+
+    def train_flops(self, length):
+        """Floating-point operations to train on one document of `length` tokens: three times the forward pass, whose
+        products cost 2 a weight and token and whose causal attention 2 H D a layer and pair of tokens."""
+        attention = self.num_hidden_layers * 2 * self.hidden_size * length ** 2
+        return 3 * (2 * self.matmul_parameters * length + attention)
+
+    @classmethod
+    def from_pretrained(cls, model_dir):
+        """Reads config.json of transformers 4 (`rope_theta`) and 5 (`rope_parameters`), or a BUILTIN name.
+
+        Raises FileNotFoundError without the file, ValueError for a file that is not such a configuration, lacks a field
+        or asks for something that is not built here; the message names file, field and value.
+        """
+        if model_dir in BUILTIN:
+            return BUILTIN[model_dir]
+        path = Path(model_dir) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: --model wants a folder in Hugging Face layout")
+        try:
+            raw = json.loads(path.read_text())
+            assert isinstance(raw, dict)
+        except (ValueError, AssertionError) as error:
+            raise ValueError(f"{path} is not a JSON object ({error}): download it again") from None
+        rope = raw.get("rope_parameters") or {}
+        refuse_unsupported(path, raw, rope)
+        raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta))
+        raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
+        values = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
+        try:
+            config = cls(**values)
+        except TypeError as error:
+            raise ValueError(f"{path} lacks fields of a Qwen2: {error}") from None
+        config.check(path)
+        return config
+
+    def check(self, path):
+        """Sizes must be positive integers that divide as the architecture needs: else ValueError."""
+        for f in fields(self)[:7]:
+            value = getattr(self, f.name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{path}: {f.name} is {value!r}, must be a positive integer")
+        for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(f"{path}: {whole} {getattr(self, whole)} is not divisible by {part} {getattr(self, part)}")
+
+    def save(self, model_dir, dtype):
+        """Writes config.json in the layout that transformers 4 and 5 and vLLM read."""
+        raw = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "attention_dropout": 0.0,
+               **asdict(self), "use_sliding_window": False, "torch_dtype": str(dtype).removeprefix("torch.")}
+        write_durably(Path(model_dir) / "config.json", [json.dumps(raw, indent=2).encode() + b"\n"])
+
+
+def refuse_unsupported(path, raw, rope):
+    """ValueError for each field of config.json whose value this code would silently compute something else for."""
+    head_dim = raw.get("head_dim")
+    heads = raw.get("num_attention_heads")
+    refused = {
+        "model_type": raw.get("model_type") != "qwen2",
+        "hidden_act": raw.get("hidden_act", "silu") != "silu",
+        "use_sliding_window": raw.get("use_sliding_window", False),
+        "layer_types": any(kind != "full_attention" for kind in raw.get("layer_types") or []),
+        "rope_scaling": raw.get("rope_scaling") and raw["rope_scaling"].get("rope_type", "default") != "default",
+        "rope_parameters": rope.get("rope_type", "default") != "default" or any(isinstance(v, dict) for v in rope.values()),
+        "use_mrope": raw.get("use_mrope", False),
+        "attention_dropout": raw.get("attention_dropout", 0.0),
+        "quantization_config": raw.get("quantization_config"),
+        "head_dim": head_dim and heads and head_dim * heads != raw.get("hidden_size"),
+    }
+    for field, is_refused in refused.items():
+        if is_refused:
+            raise ValueError(f"{path}: {field} is {raw.get(field)!r}, which is not supported: this code is the plain Qwen2 "
+                             "(full attention, default rope, silu, unquantised)")
+
+
+# A model to learn with: random weights, a byte-level tokenizer (data.py), a million parameters.
+BUILTIN = {"builtin:tiny": Qwen2Config(
+    vocab_size=259, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=258)}
+
+
+# ----------------------------------------------------------------------------------------------------------- layers
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight. F.rms_norm takes the statistic in fp32 and returns x's dtype."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_embedding(position_ids, head_dim, theta, dtype):
+    """The cosines and sines that rotate each pair (i, i + D/2) of a head by position * theta^(-2i/D).
+
+    position_ids (B, T) -> cos, sin (B, 1, T, D). Angles are fp32: in bf16 position 257 would already be 256. They are
+    computed in each forward pass, as a stored table would be garbage after a meta-device start.
+    """
+    inverse_frequency = theta ** -(torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim)  # (D/2,)
+    angle = position_ids[:, None, :, None].float() * inverse_frequency  # (B, 1, T, D/2) fp32
+    angle = torch.cat([angle, angle], dim=-1)  # (B, 1, T, D)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Applies the rotary embedding to x (B, H, T, D), in the checkpoints' split-half pairing of a head's elements."""
+    left, right = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+@torch.compiler.disable  # lengths differ in each row: compiled, each new one would cost a compilation
+def packed_attention(q, k, v, document_lengths=None):
+    """Causal attention within each document of a packed row: one SDPA call a document, never a T x T mask.
+
+    q (B, H, T, D), k and v (B, Hkv, T, D), lengths that sum to T (None: one document) -> (B, H, T, D).
+    """
+    if document_lengths is None or len(document_lengths) == 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    documents = zip(*(t.split(document_lengths, dim=2) for t in (q, k, v)))
+    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in documents], dim=2)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share Hkv key/value heads. Only q, k and v have biases."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, self.head_dim = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(C, config.num_attention_heads * self.head_dim)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * self.head_dim)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * self.head_dim)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, C, bias=False)
+
+    def forward(self, x, cos, sin, document_lengths=None):
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
+        y = packed_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, document_lengths)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), C -> I -> C."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x)). Shapes stay (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def attend(self, x, cos, sin, document_lengths):
+        return x + self.self_attn(self.input_layernorm(x), cos, sin, document_lengths)
+
+    def transform(self, x):
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x, cos, sin, document_lengths=None, tile=None):
+        """`tile`: recompute both halves in the backward pass, the MLP in tiles of that many tokens. Its saved tensors
+        (5 I + 3 C a token) then exist for one tile at a time; the price is a second saved (B, T, C) a layer."""
+        if tile is None:
+            return self.transform(self.attend(x, cos, sin, document_lengths))
+        x = recomputed(self.attend, x, cos, sin, document_lengths)
+        return torch.cat([recomputed(self.transform, part) for part in x.split(tile, dim=1)], dim=1)
+
+
+def recomputed(function, *args):
+    """function(*args), saving only the arguments for the backward pass. There is no dropout, so no RNG state to keep."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of a linear layer, summed, without the (N, V) logits: a chunk's logits live until its gradients are
+    taken, so memory is that of one chunk and of the weight's gradient. Both gradients are ready after the forward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, with_gradients):
+        """x (N, C), weight (V, C), targets (N,) -> sum of -log softmax(x weightᵀ)[target], fp32."""
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        if with_gradients:
+            dx = torch.empty_like(x)
+            dweight = torch.zeros_like(weight, dtype=torch.float32)  # (V, C) fp32: sums over chunks would lose bits in bf16
+        chunk = max(1, LOSS_CHUNK // len(weight))
+        for start in range(0, len(x), chunk):
+            rows = slice(start, start + chunk)
+            z = (x[rows] @ weight.T).float()  # (n, V) fp32, overwritten by its softmax
+            index = targets[rows, None]  # (n, 1)
+            z -= z.amax(-1, keepdim=True)
+            loss -= z.gather(1, index).sum()
+            total = z.exp_().sum(-1, keepdim=True)  # (n, 1)
+            loss += total.log().sum()
+            if with_gradients:  # d loss / d z = softmax(z) - onehot(target)
+                z /= total
+                z.scatter_add_(1, index, torch.full_like(z[:, :1], -1))
+                dz = z.to(x.dtype)
+                torch.mm(dz, weight, out=dx[rows])
+                if weight.dtype == torch.float32:
+                    dweight.addmm_(dz.T, x[rows])
+                else:
+                    dweight += dz.T @ x[rows]
+                del dz
+            del z  # before the next chunk's is made
+        ctx.gradients = (dx, dweight.to(weight.dtype)) if with_gradients else None
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        (dx, dweight), ctx.gradients = ctx.gradients, None  # scaled in place, so never given out twice
+        return dx.mul_(grad_loss), dweight.mul_(grad_loss), None, None
+
+
+class Head(nn.Module):
+    """lm_head. It computes the loss itself, as under FSDP its weight is whole only inside its own forward. A tied head
+    owns no weight, as its checkpoints have none, and is handed the embedding's."""
+
+    def __init__(self, config):
+        super().__init__()
+        tied = config.tie_word_embeddings
+        self.weight = None if tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, x, targets=None, tied_weight=None):
+        """x (B, T, C) -> logits (B, T, V); with targets (B, T) the fp32 sum of their cross-entropies."""
+        weight = self.weight if tied_weight is None else tied_weight
+        if targets is None:
+            return F.linear(x, weight)
+        kept = targets != IGNORE  # prompts and padding never meet the V columns
+        return ChunkedCrossEntropy.apply(x[kept], weight, targets[kept], torch.is_grad_enabled())
+
+
+class Qwen2(nn.Module):
+    """The whole model. `state_dict()` has the keys of the published checkpoints.
+
+    Attributes that trade memory for time: `recompute`, "none" (all activations are saved), "block" (a block saves its
+    input), "tiled" (see Block); `offload`, whether what recomputation saves waits in (pinned) host memory.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.recompute, self.offload = "none", False
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+            layers=nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)]),
+            norm=RMSNorm(config.hidden_size, config.rms_norm_eps)))
+        self.lm_head = Head(config)
+
+    def forward(self, input_ids, targets=None, document_lengths=None, position_ids=None):
+        """input_ids (B, T) -> logits (B, T, V) in the parameters' dtype.
+
+        With targets (B, T), already shifted, -100 where there is none: their summed cross-entropy instead, fp32 scalar.
+        document_lengths: a row (B = 1) is several documents that do not see each other and whose positions restart.
+        """
+        B, T = input_ids.shape
+        if document_lengths is not None:
+            assert B == 1 and sum(document_lengths) == T, f"lengths {document_lengths} do not fill a row of {(B, T)}"
+        if position_ids is None:
+            position_ids = torch.cat([torch.arange(n) for n in document_lengths or [T]])[None].to(input_ids.device)
+        x = self.model.embed_tokens(input_ids)  # (B, T, C)
+        cos, sin = rotary_embedding(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
+        with self.boundaries():
+            for block in self.model.layers:
+                if self.recompute == "block":
+                    x = recomputed(block, x, cos, sin, document_lengths)
+                else:
+                    x = block(x, cos, sin, document_lengths, tile=MLP_TILE if self.recompute == "tiled" else None)
+        tied_weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else None
+        return self.lm_head(self.model.norm(x), targets, tied_weight)
+
+    def boundaries(self):
+        """Where the saved block inputs wait for the backward pass."""
+        if not self.offload:
+            return contextlib.nullcontext()
+        assert self.recompute != "none", "offload moves what recomputation saves: without it that is every activation"
+        return torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+
+    @classmethod
+    def from_pretrained(cls, model_dir, dtype=torch.float32, device="cpu"):
+        """Reads a folder in Hugging Face layout; raises FileNotFoundError or ValueError that name file and tensor."""
+        with torch.device("meta"):
+            model = cls(Qwen2Config.from_pretrained(model_dir)).to(dtype)
+        model.to_empty(device=device)
+        if model_dir in BUILTIN:
+            init_weights(model, seed=0)
+        else:
+            load_weights(model, model_dir)
+        return model
+
+    def save_pretrained(self, model_dir, dtype=None, max_shard_bytes=SHARD_BYTES):
+        """Writes config.json and safetensors, in the parameters' dtype unless one is given. Under FSDP every rank must
+        call it; rank 0 writes."""
+        dtype = dtype or next(self.parameters()).dtype
+        if global_rank() == 0:
+            Path(model_dir).mkdir(parents=True, exist_ok=True)
+        save_weights(self, model_dir, dtype, max_shard_bytes)
+        if global_rank() == 0:
+            self.config.save(model_dir, dtype)
+
+
+# ---------------------------------------------------------------------------------------------- weights on the disk
+
+def global_rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_part(parameter):
+    """This process's tensor of a parameter and its first row in the whole: FSDP cuts axis 0 as torch.chunk does."""
+    if not isinstance(parameter, DTensor):
+        return parameter.data, 0
+    (axis, size, index), = [(p.dim, parameter.device_mesh.size(i), parameter.device_mesh.get_local_rank(i))
+                            for i, p in enumerate(parameter.placements) if p.is_shard()]
+    assert axis == 0, f"cut along axis {axis}"
+    return parameter.to_local(), min(-(-parameter.shape[0] // size) * index, parameter.shape[0])
+
+
+@torch.no_grad()
+def init_weights(model, seed):
+    """Random weights that do not depend on how the model is sharded: matrices normal, norms one, biases zero."""
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        local, start = local_part(parameter)
+        if name.endswith("bias") or "norm" in name:
+            local.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            generator = torch.Generator().manual_seed(seed * 100_003 + number)
+            whole = torch.randn(parameter.shape, generator=generator) * model.config.initializer_range
+            local.copy_(whole[start:start + len(local)])
+
+
+def weight_files(model_dir):
+    """The file of each tensor name: from model.safetensors.index.json, else from the one model.safetensors."""
+    model_dir = Path(model_dir)
+    index, single = model_dir / "model.safetensors.index.json", model_dir / "model.safetensors"
+    if index.is_file():
+        try:
+            names = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{index} is not an index of weights ({error!r}): download it again") from None
+        return {name: model_dir / file for name, file in names.items()}
+    with open_safetensors(single) as file:
+        return {name: single for name in file.keys()}
+
+
+def open_safetensors(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: the model folder is incomplete")
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): download it again") from None
+
+
+@torch.no_grad()
+def load_weights(model, model_dir):
+    """Fills the parameters, strictly. Each process reads only its own rows, a piece at a time, so that host memory never
+    holds more than its shard and READ_BYTES. Raises before anything is trained on: missing or unexpected names, shapes,
+    types, truncated files."""
+    files, parameters = weight_files(model_dir), dict(model.named_parameters())
+    if model.config.tie_word_embeddings:  # some tied checkpoints repeat the embedding under this name
+        files.pop("lm_head.weight", None)
+    for problem, names in (("lacks", parameters.keys() - files.keys()), ("has unexpected", files.keys() - parameters.keys())):
+        if names:
+            raise ValueError(f"{model_dir} {problem} {len(names)} tensors, such as {min(names)}: "
+                             "are config.json and the weights of one model?")
+    for path in sorted(set(files.values())):
+        with open_safetensors(path) as file:
+            present = set(file.keys())
+            for name in (n for n, f in files.items() if f == path):
+                if name not in present:
+                    raise ValueError(f"{path} lacks {name}, which the index places there: download it again")
+                load_tensor(parameters[name], file.get_slice(name), f"{path}: {name}")
+
+
+def load_tensor(parameter, source, where):
+    if list(parameter.shape) != source.get_shape():
+        raise ValueError(f"{where} has shape {source.get_shape()}, config.json asks for {list(parameter.shape)}")
+    if source.get_dtype() not in SAFETENSORS_DTYPES.values():
+        raise ValueError(f"{where} has type {source.get_dtype()}, must be one of {list(SAFETENSORS_DTYPES.values())}")
+    local, start = local_part(parameter)
+    step = max(1, READ_BYTES // (4 * max(1, local[:1].numel())))
+    for row in range(0, len(local), step):
+        piece = local[row:row + step]
+        piece.copy_(source[start + row:start + row + len(piece)])
+
+
+@torch.no_grad()
+def save_weights(model, model_dir, dtype, max_shard_bytes=SHARD_BYTES):
+    """Streams the state dict into files of at most max_shard_bytes, one whole tensor in memory at a time. Written aside
+    and renamed, the index last. A failed write (a full disk) raises OSError, on every rank."""
+    model_dir, state = Path(model_dir), model.state_dict()
+    size = {name: t.numel() * dtype.itemsize for name, t in state.items()}
+    shards = [[]]
+    for name in state:
+        if shards[-1] and sum(size[n] for n in shards[-1]) + size[name] > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    names = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+
+    def pieces(shard):
+        offset, header = 0, {"__metadata__": {"format": "pt"}}
+        for name in shard:
+            header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(state[name].shape),
+                            "data_offsets": [offset, offset + size[name]]}
+            offset += size[name]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight bytes
+        yield len(text).to_bytes(8, "little") + text
+        for name in shard:
+            tensor = state[name].to(dtype)  # before gathering: half the traffic
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield tensor.contiguous().cpu().view(torch.uint8).numpy()
+
+    for name, shard in zip(names, shards):
+        together(write_durably, model_dir / name, pieces(shard))
+    if global_rank() == 0:
+        stale = {*model_dir.glob("model*.safetensors"), *model_dir.glob("model.safetensors.index.json")}
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(size.values())},
+                     "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
+            write_durably(model_dir / "model.safetensors.index.json", [json.dumps(index, indent=2).encode()])
+            stale.discard(model_dir / "model.safetensors.index.json")
+        for path in stale - {model_dir / name for name in names}:  # of an earlier save with other shards
+            path.unlink()
+
+
+def write_durably(path, pieces):
+    """Writes an iterable of buffers beside `path`, makes it durable, renames it: the name never holds half a file."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with open(aside, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from None
+
+
+def together(write, path, pieces):
+    """Every rank consumes `pieces`, which gather tensors, and rank 0 writes them; its failure is raised on all ranks."""
+    error = None
+    if global_rank() == 0:
+        try:
+            write(path, pieces)
+        except OSError as caught:
+            error = caught
+    for _ in pieces:  # the other ranks, and what a failed write left over
+        pass
+    if dist.is_initialized():
+        errors = [error]
+        dist.broadcast_object_list(errors)
+        error = errors[0]
+    if error is not None:
+        raise error

@@ -373,15 +373,15 @@ def turn_of(turn, role_field, text_field):
 # --------------------------------------------------------------------------------------------------- a built-in task
 
 def builtin_problems(split, count, seed=0):
-    """Additions of three numbers, as problems with `answer` and a worked `solution`. Splits never share a problem."""
+    """Additions of three numbers of three digits, as problems with `answer` and a worked `solution`. Splits never share a problem."""
     generator = random.Random(f"{split} {seed}")
     for _ in range(count):
         while True:
-            a, b, c = (generator.randrange(10 ** generator.randint(2, 4)) for _ in range(3))
+            a, b, c = (generator.randrange(100, 1000) for _ in range(3))
             if (((a * 10_007 + b) * 10_007 + c) % 16 == 0) == (split == "heldout"):
                 break
         steps, carry = [], 0
-        for place in range(len(str(max(a, b, c)))):
+        for place in range(3):
             digits = [n // 10 ** place % 10 for n in (a, b, c)]
             total = sum(digits) + carry
             steps.append("+".join(map(str, digits)) + f"+{carry}={total}")
@@ -450,8 +450,8 @@ def load_rows(names, tokenizer, max_seq_len, end_token=None, system="skyt1", as_
     Duplicates and rows over max_seq_len are dropped, with as_published kept and truncated. Raises ValueError and
     FileNotFoundError that name file and line.
     """
-    sources = [[name] if name.startswith("builtin:") else find_data(name) for name in names]
-    sources = [s for several in sources for s in several]
+    sources = [source for name in map(str, names)
+               for source in ([name] if name.startswith("builtin:") else find_data(name))]
     settings = [CACHE_VERSION, end_token or tokenizer.end_token, system, tokenizer.template, tokenizer.backend.to_str()]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for source in sources:
@@ -475,8 +475,14 @@ def select(tokens, mask, rows, files, digest, max_seq_len, as_published):
         ends = np.minimum(ends, starts + max_seq_len)
     no_target = np.array([not mask[a:b].any() for a, b in zip(starts, ends)])
     dropped = no_target if as_published else no_target | duplicate | too_long
-    counts = {"rows": len(rows), "duplicates": int(duplicate.sum()), "over max_seq_len": int((too_long & ~duplicate).sum()),
-              "without a target": int((no_target & ~too_long & ~duplicate).sum()), "kept": int((~dropped).sum())}
+    counts = {"rows": len(rows)}
+    if as_published:
+        counts |= {"duplicates (kept)": int(duplicate.sum()), "truncated": int(too_long.sum()),
+                   "without a target": int(no_target.sum())}
+    else:  # each dropped row is counted once
+        counts |= {"duplicates": int(duplicate.sum()), "over max_seq_len": int((too_long & ~duplicate).sum()),
+                   "without a target": int((no_target & ~too_long & ~duplicate).sum())}
+    counts["kept"] = int((~dropped).sum())
     if not counts["kept"]:
         raise ValueError(f"no row left to train on: {counts}. Raise --max_seq_len ({max_seq_len})?")
     return TokenizedRows(tokens, mask, rows, ends, np.flatnonzero(~dropped), counts, files, digest)

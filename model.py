@@ -121,15 +121,17 @@ class Qwen2Config:
 
 def refuse_unsupported(path, raw, rope):
     """ValueError for each field of config.json whose value this code would silently compute something else for."""
-    head_dim = raw.get("head_dim")
-    heads = raw.get("num_attention_heads")
+    head_dim, heads = raw.get("head_dim"), raw.get("num_attention_heads")
+
+    def scaled(rope):
+        return rope.get("rope_type", rope.get("type", "default")) != "default"
     refused = {
         "model_type": raw.get("model_type") != "qwen2",
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
         "use_sliding_window": raw.get("use_sliding_window", False),
         "layer_types": any(kind != "full_attention" for kind in raw.get("layer_types") or []),
-        "rope_scaling": raw.get("rope_scaling") and raw["rope_scaling"].get("rope_type", "default") != "default",
-        "rope_parameters": rope.get("rope_type", "default") != "default" or any(isinstance(v, dict) for v in rope.values()),
+        "rope_scaling": scaled(raw.get("rope_scaling") or {}),
+        "rope_parameters": scaled(rope) or any(isinstance(v, dict) for v in rope.values()),
         "use_mrope": raw.get("use_mrope", False),
         "attention_dropout": raw.get("attention_dropout", 0.0),
         "quantization_config": raw.get("quantization_config"),

@@ -1,0 +1,396 @@
+"""data.py: the exact strings and masks, what is read and refused, what packing must not leak."""
+import gzip
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from conftest import ROOT, run_script, shared_file, small_config
+from data import (IGNORE, assemble, batch_indices, builtin_problems, builtin_tokenizer, encode_conversation, epoch_order,
+                  imbalance, load_rows, load_tokenizer, pack, read_rows, render_chat, to_messages)
+from model import Qwen2Config
+
+USER, ASSISTANT = {"role": "user", "content": "Hi  there\n"}, {"role": "assistant", "content": "Hello!\n\n7 × 8 = 56"}
+CONVERSATIONS = {
+    "one turn": [USER, ASSISTANT],
+    "system": [{"role": "system", "content": "Be brief."}, USER, ASSISTANT],
+    "two turns": [USER, ASSISTANT, USER, {"role": "assistant", "content": ""}],
+    "late system": [USER, ASSISTANT, {"role": "system", "content": "Now in French."}, USER, ASSISTANT],
+    "open": [USER, ASSISTANT, USER],
+}
+
+
+@pytest.fixture(scope="session")
+def qwen():
+    return load_tokenizer(shared_file("qwen2.5-tokenizer/tokenizer.json").parent)
+
+
+# ------------------------------------------------------------------------------------- tokenizer and chat template
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("generate", [False, True])
+def test_render_chat_equals_the_published_template(qwen, name, generate):
+    messages = CONVERSATIONS[name]
+    assert render_chat(messages, generate) == render_chat(messages, generate, template=qwen.template)
+
+
+def test_render_chat_adds_qwens_default_system_turn():
+    assert render_chat([USER], add_generation_prompt=True) == (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nHi  there\n<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_template_cannot_reach_python():
+    with pytest.raises(Exception, match="unsafe|not safe|security|undefined"):
+        render_chat([USER], template="{{ messages.__class__.__mro__[1].__subclasses__() }}")
+
+
+@pytest.mark.parametrize("name", ["one turn", "system", "two turns", "late system"])
+def test_targets_are_the_answers_and_their_end_tokens(qwen, name):
+    messages = CONVERSATIONS[name]
+    ids, mask = encode_conversation(qwen, messages)
+    assert ids == qwen.encode(render_chat(messages)) and len(ids) == len(mask) and set(mask) <= {0, 1}
+    answers = "".join(m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant")
+    assert qwen.decode([i for i, m in zip(ids, mask) if m]) == answers
+    assert mask[-1] == 0 and qwen.decode(ids[-1:]) == "\n"  # the newline after the last end token
+
+
+def test_the_mask_goes_by_position_not_by_token(qwen):
+    """The user's text holds the end token; it must not become a target, nor hide the one that is."""
+    ids, mask = encode_conversation(qwen, [{"role": "user", "content": "<|im_end|><|endoftext|>"}, ASSISTANT])
+    end = qwen.token_id("<|im_end|>")
+    assert [m for i, m in zip(ids, mask) if i == end] == [0, 0, 0, 1]
+
+
+def test_an_answer_that_starts_with_newlines_is_cut_where_generation_starts(qwen):
+    messages = [USER, {"role": "assistant", "content": "\n\nyes"}]
+    ids, mask = encode_conversation(qwen, messages)
+    prompt = qwen.encode(render_chat([USER], add_generation_prompt=True))
+    assert ids[:len(prompt)] == prompt and not any(mask[:len(prompt)]) and mask[len(prompt)] == 1
+    assert qwen.decode(ids) == render_chat(messages)
+
+
+def test_another_end_token_closes_the_text_as_the_original_did(qwen):
+    ids, mask = encode_conversation(qwen, [USER, ASSISTANT], end_token="<|endoftext|>")
+    assert qwen.decode(ids).endswith("= 56<|endoftext|>") and mask[-1] == 1
+
+
+def test_a_folder_with_another_template_is_rendered_from_it(tmp_path):
+    tokenizer = builtin_tokenizer()
+    tokenizer.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|endoftext|>{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}")
+    tokenizer = load_tokenizer(tmp_path)
+    ids, mask = encode_conversation(tokenizer, [USER, ASSISTANT])
+    assert tokenizer.end_token == "<|endoftext|>"
+    assert tokenizer.decode(ids) == f"[user] {USER['content']}<|endoftext|>[assistant] {ASSISTANT['content']}<|endoftext|>"
+    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == ASSISTANT["content"] + "<|endoftext|>"
+
+
+def test_a_template_that_rewrites_earlier_turns_takes_single_answers_only(tmp_path):
+    """As that of DeepSeek-R1-Distill, which drops the thoughts of earlier turns."""
+    tokenizer = builtin_tokenizer()
+    tokenizer.template = ("{% for m in messages %}{% set c = m.content %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}"
+                          "{% endif %}<{{ m.role }}>{{ c }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+                          "{% if add_generation_prompt %}<assistant>{% endif %}")
+    thought = {"role": "assistant", "content": "hm</think>yes"}
+    ids, mask = encode_conversation(tokenizer, [USER, thought])
+    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "hm</think>yes<|im_end|>"
+    with pytest.raises(ValueError, match="changes earlier turns"):
+        encode_conversation(tokenizer, [USER, thought, USER, thought])
+
+
+def test_load_tokenizer_needs_only_tokenizer_json(qwen, tmp_path):
+    os.symlink(qwen.folder / "tokenizer.json", tmp_path / "tokenizer.json")
+    bare = load_tokenizer(tmp_path)
+    assert bare.end_token == "<|im_end|>" and bare.encode("Hello world") == [9707, 1879]
+    assert encode_conversation(bare, [USER, ASSISTANT]) == encode_conversation(qwen, [USER, ASSISTANT])
+
+
+def test_tokenizer_equals_transformers(qwen):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(qwen.folder)
+    for messages in CONVERSATIONS.values():
+        assert render_chat(messages) == theirs.apply_chat_template(messages, tokenize=False)
+    for text in ("e\u0301 Ünïcode 中文 🙂", "x = 3.14159\n\n\n  y", "<|im_start|>system"):
+        assert qwen.encode(text) == theirs.encode(text)
+        assert qwen.decode(qwen.encode(text)) == theirs.decode(theirs.encode(text))
+
+
+def test_the_builtin_tokenizer_is_bytes_and_survives_saving(tmp_path):
+    tokenizer = builtin_tokenizer()
+    text = "3 + 4 = 7 🙂\n<|im_end|>"
+    assert tokenizer.decode(tokenizer.encode(text)) == text and len(tokenizer.encode("🙂")) == 4
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.encode(text) == tokenizer.encode(text) and again.template == tokenizer.template
+    assert (again.eos_token_id, again.pad_token_id) == (258, 256)
+
+
+# ------------------------------------------------------------------------------------------------------ reading rows
+
+SHAREGPT = {"system": "s", "conversations": [{"from": "user", "value": "u"}, {"from": "assistant", "value": "a"}]}
+EXPECTED = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize("row", [
+    SHAREGPT, {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+    {"messages": EXPECTED, "id": 3}, {"kind": None, "prompt": "u", "response": "a"}])
+def test_all_row_layouts_give_the_same_messages(row):
+    assert to_messages(row, system="s") == EXPECTED
+
+
+def test_a_kept_sample_gets_the_recipes_prompts():
+    def user(**fields):
+        system, turn, _ = to_messages({"prompt": "P", "response": "R", **fields})
+        assert system["content"].startswith("Your role as an assistant involves thoroughly exploring")
+        return turn["content"]
+    assert user(kind="math") == "Return your final response within \\boxed{}. P"
+    assert user(kind="choice").endswith("as your final response. P")
+    assert "should take stdin as input" in user(kind="code", tests=[{"input": "1", "output": "2"}])
+    assert "without invoking it" in user(kind="code", tests=[{"fn_name": "f", "args": [], "expected": 1}])
+    assert to_messages({"prompt": "P", "response": "R"}, system="none")[0]["role"] == "user"
+
+
+def lines(*rows):
+    return "\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows).encode()
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", lines(SHAREGPT, "", SHAREGPT)), ("a.json", json.dumps([SHAREGPT, SHAREGPT], indent=1).encode()),
+    ("a.json", b"\xef\xbb\xbf" + lines(SHAREGPT, SHAREGPT)), ("a.json", b"[" + lines(SHAREGPT) + b",\n" + lines(SHAREGPT) + b" ]"),
+    ("a.jsonl.gz", gzip.compress(lines(SHAREGPT, SHAREGPT)))])
+def test_json_and_jsonl_are_told_apart_by_content(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert [row for row, _ in read_rows(tmp_path / name)] == [SHAREGPT, SHAREGPT]
+
+
+BROKEN = {
+    "empty": (b"", "holds no rows"),
+    "empty array": (b" [ ]", "holds no rows"),
+    "not UTF-8": (lines(SHAREGPT) + b"\n\"\xff\xfe\"", "a.jsonl:2: not UTF-8"),
+    "broken": (lines(SHAREGPT, SHAREGPT, '{"conversations": ['), "a.jsonl:3: broken JSON"),
+    "truncated array": (json.dumps([SHAREGPT, SHAREGPT], indent=1).encode()[:-5], "a.jsonl:\\d+: broken JSON"),
+    "cut after a row": (b"[" + lines(SHAREGPT), "a.jsonl:1: broken JSON"),
+    "nested": (b"[" * 100_000, "a.jsonl:1: broken JSON"),
+    "no object": (lines(SHAREGPT, [1]), "a.jsonl:2: a row must be an object"),
+    "no assistant": (lines(SHAREGPT, {"messages": EXPECTED[:2]}), "a.jsonl:2: no assistant turn"),
+    "role": (lines({"messages": [{"role": "robot", "content": "x"}]}), "a.jsonl:1: unknown role 'robot'"),
+    "content": (lines({"messages": [{"role": "user", "content": None}]}), "a.jsonl:1: `content` of a user turn is not a string"),
+    "no role": (lines({"conversations": [{"value": "x"}]}), "a.jsonl:1: a turn has no `from`"),
+    "another layout": (lines({"question": "x", "answer": "y"}), r"a.jsonl:1: not a training row \(fields: question, answer\)"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_rows_are_named_by_file_and_line(tmp_path, name):
+    content, says = BROKEN[name]
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        load_rows([tmp_path / "a.jsonl"], builtin_tokenizer(), 100, cache=tmp_path / "cache", quiet=True)
+    assert not any((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else True
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "a/b/c", "builtin:other", "owner/name"])
+def test_names_that_are_nowhere_are_refused_in_one_line(monkeypatch, name):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError) as error:
+        data.find_data(name)
+    assert name in str(error.value) and "\n" not in str(error.value)
+    assert ("fetched from the hub" in str(error.value)) == (name == "owner/name")  # only a hub name asks the hub
+
+
+def test_a_hub_data_set_in_the_offline_cache_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "datasets--owner--name"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("c0ffee")
+    (folder / "snapshots" / "c0ffee").mkdir(parents=True)
+    for split in ("train", "test"):
+        (folder / "snapshots" / "c0ffee" / f"{split}.jsonl").write_bytes(lines(SHAREGPT))
+    snapshot = data.find_data("owner/name")
+    assert [path.name for path in snapshot] == ["train.jsonl"]
+
+
+# ------------------------------------------------------------------------------------------------------- token cache
+
+def load(path, cache, **changes):
+    return load_rows([path], builtin_tokenizer(), **{**dict(max_seq_len=200, cache=cache, quiet=True), **changes})
+
+
+def answer(text):
+    return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]}
+
+
+def test_duplicates_and_long_rows_are_dropped_and_counted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(answer("one"), answer("two"), answer("one"), answer("x" * 300)))
+    rows = load(path, tmp_path / "cache")
+    assert rows.counts == {"rows": 4, "duplicates": 1, "over max_seq_len": 1, "without a target": 0, "kept": 2}
+    assert [builtin_tokenizer().decode(rows[i][0][rows[i][1] == 1].tolist()) for i in range(2)] == ["one<|im_end|>", "two<|im_end|>"]
+    assert rows.where(1) == f"{path}:2"
+
+
+def test_as_published_keeps_duplicates_and_cuts_long_rows(tmp_path):
+    path = tmp_path / "a.jsonl"
+    long_question = {"messages": [{"role": "user", "content": "q" * 300}, {"role": "assistant", "content": "a"}]}
+    path.write_bytes(lines(answer("one"), answer("one"), answer("x" * 300), long_question))
+    rows = load(path, tmp_path / "cache", as_published=True, end_token="<|endoftext|>")
+    assert rows.counts["kept"] == 3 and rows.counts["without a target"] == 1 and rows.lengths.max() == 200
+    tokens, mask = rows[2]
+    assert builtin_tokenizer().decode(tokens[-3:].tolist()) == "xxx" and mask[-1] == 1  # no end token
+    assert rows[0][0][-1] == 256
+
+
+def test_the_cache_is_used_and_keyed_by_content_and_settings(tmp_path, monkeypatch):
+    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    path.write_bytes(lines(answer("one")))
+    first = load(path, cache)
+    monkeypatch.setattr(data, "tokenize", lambda *a: pytest.fail("tokenised again"))
+    again = load(path, cache)
+    assert np.array_equal(first[0][0], again[0][0]) and isinstance(again.tokens, np.memmap)
+    load(path, cache, max_seq_len=100)  # lengths are judged on reading
+    monkeypatch.undo()
+    load(path, cache, end_token="<|endoftext|>")
+    path.write_bytes(lines(answer("two")))
+    load(path, cache)
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_a_kill_while_tokenising_leaves_no_half_cache(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(answer("one")))
+    monkeypatch.setattr(data.np, "save", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        load(path, tmp_path / "cache")
+    monkeypatch.undo()
+    assert load(path, tmp_path / "cache").counts["kept"] == 1
+
+
+def test_cached_rows_equal_encode_conversation(qwen, tmp_path):
+    source = shared_file("problems/math500.jsonl")
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    conversations = [[{"role": "user", "content": r["problem"]}, {"role": "assistant", "content": r["solution"]}] for r in rows]
+    (tmp_path / "a.jsonl").write_bytes(lines(*({"messages": c} for c in conversations)))
+    loaded = load_rows([tmp_path / "a.jsonl"], qwen, 4096, cache=tmp_path / "cache", quiet=True)
+    assert loaded.counts["kept"] == len(rows) == 500
+    for i in range(0, 500, 25):
+        ids, mask = encode_conversation(qwen, conversations[i])
+        assert loaded[i][0].tolist() == ids and loaded[i][1].tolist() == mask
+        assert loaded.num_targets[i] == sum(mask)
+
+
+# ----------------------------------------------------------------------------------------------------------- packing
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    assert np.array_equal(epoch_order(100, 1, 2), epoch_order(100, 1, 2))
+    assert not np.array_equal(epoch_order(100, 1, 2), epoch_order(100, 1, 3))
+    assert not np.array_equal(epoch_order(100, 1, 2), epoch_order(100, 2, 2))
+
+
+def test_an_epoch_sees_every_row_once_and_its_last_batch_may_be_smaller():
+    batches = [batch_indices(10, 4, seed=0, step=s) for s in range(6)]
+    assert [len(b) for b in batches] == [4, 4, 2] * 2
+    for epoch in (batches[:3], batches[3:]):
+        assert sorted(np.concatenate(epoch)) == list(range(10))
+
+
+def sky_lengths(rng, count=96):
+    """Lengths like the published rows': mean 4,500 tokens, up to the cut at 16,384."""
+    sigma = np.sqrt(np.log(1 + 0.7 ** 2))
+    return np.minimum(rng.lognormal(np.log(4500) - sigma ** 2 / 2, sigma, count).astype(int) + 20, 16384)
+
+
+QWEN_32B = Qwen2Config(vocab_size=152064, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64,
+                       num_attention_heads=40, num_key_value_heads=8)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_packing_keeps_every_document_fits_and_balances(ranks):
+    rng, excess = np.random.default_rng(0), []
+    for _ in range(20):
+        lengths = sky_lengths(rng)
+        costs = [QWEN_32B.train_flops(int(n)) for n in lengths]
+        packed = pack(lengths, costs, 16384, ranks)
+        assert sorted(i for rows in packed for row in rows for i in row) == list(range(96))
+        assert all(len(rows) == ranks for rows in packed)
+        assert max(sum(lengths[i] for i in row) for rows in packed for row in rows) <= 16384
+        assert len(packed) <= -(-(lengths.sum() // 16384 + 4) // ranks) + 1  # few micro-steps
+        excess.append(imbalance(packed, costs))
+    assert max(excess) < 1.05
+
+
+@pytest.mark.parametrize("lengths, ranks", [([5], 4), ([16, 16, 16], 2), ([1] * 50, 3), ([9, 9, 9, 9, 7, 7, 7, 7], 2), ([16], 1)])
+def test_packing_of_odd_batches(lengths, ranks):
+    packed = pack(lengths, lengths, 16, ranks)
+    assert sorted(i for rows in packed for row in rows for i in row) == list(range(len(lengths)))
+    assert all(len(rows) == ranks and all(sum(lengths[i] for i in row) <= 16 for row in rows) for rows in packed)
+
+
+def test_assembled_rows_shift_targets_within_documents():
+    rows = [(np.array([10, 11, 12]), np.array([0, 1, 1])), (np.array([20, 21]), np.array([0, 1]))]
+    ids, targets, lengths = assemble(rows, [0, 1])
+    assert ids.tolist() == [[10, 11, 12, 20, 21]] and lengths == [3, 2]
+    assert targets.tolist() == [[11, 12, IGNORE, 21, IGNORE]]  # 12 does not predict the next document's 20
+    assert [a.shape for a in assemble(rows, [])[:2]] == [(1, 1)] * 2 and assemble(rows, [])[1].item() == IGNORE
+
+
+# ----------------------------------------------------------------------------------------------------- built-in task
+
+def test_builtin_problems_are_right_and_splits_are_disjoint():
+    train, held_out = list(builtin_problems("train", 3000)), list(builtin_problems("heldout", 500))
+    assert not {p["prompt"] for p in train} & {p["prompt"] for p in held_out}
+    for problem in train[:200]:
+        assert eval(problem["prompt"][:-2]) == int(problem["answer"])
+        assert problem["solution"].endswith(f"\\boxed{{{problem['answer']}}}")
+        for step in problem["solution"].splitlines()[:-1]:
+            left, right = step.split("=")
+            assert eval(left) == int(right)
+    assert list(builtin_problems("train", 5)) == train[:5]
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+def test_the_command_shows_counts_lengths_packing_and_one_row(model_dir, rows_file, tmp_path):
+    done = run_script(ROOT / "data.py", rows_file, "--model", model_dir, "--max_seq_len", 128, "--batch_size", 8, "--num_ranks", 2,
+                      "--cache", tmp_path / "cache", "--row", 2)
+    assert "rows: 40" in done.stdout and "filled" in done.stdout and "max/mean" in done.stdout and "█" in done.stdout
+    assert "\033[32m0 1 2<|im_end|>\033[0m" in done.stdout
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["missing.jsonl", "--model", "builtin:tiny"], "missing.jsonl does not exist"),
+    (["builtin:worked:10", "--model", "./nowhere"], "./nowhere does not exist"),
+    (["builtin:worked:10", "--model", "builtin:tiny", "--row", "99"], "the rows kept are 0 to 9"),
+    (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "5"], "no row left to train on")])
+def test_the_command_refuses_bad_input_in_one_line(arguments, says, tmp_path):
+    done = run_script(ROOT / "data.py", *arguments, "--cache", tmp_path, check=False)
+    assert done.returncode == 2 and says in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_seventeen_thousand_rows_take_neither_minutes_nor_gigabytes_twice(qwen, tmp_path):
+    """17,000 rows of 16 KB: the second start reads the cache alone."""
+    text = " ".join(r["solution"] for r, _ in read_rows(shared_file("problems/math500.jsonl")))
+    with open(tmp_path / "a.jsonl", "w") as file:
+        for i in range(17_000):
+            start = i * 97 % (len(text) - 16_000)
+            file.write(json.dumps(answer(text[start:start + 16_000])) + "\n")
+    os.symlink(qwen.folder / "tokenizer.json", tmp_path / "tokenizer.json")
+    small_config(vocab_size=151936).save(tmp_path, torch.float32)
+    command = ["-c", f"import sys, resource; sys.path.insert(0, {str(ROOT)!r}); import data; data.one_line_errors(data.main); "
+               "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)", tmp_path / "a.jsonl", "--model",
+               tmp_path, "--cache", tmp_path / "cache"]
+    peaks, seconds = [], []
+    for _ in range(2):
+        start = time.perf_counter()
+        done = run_script(*command, timeout=900)
+        seconds.append(time.perf_counter() - start)
+        peaks.append(int(done.stdout.split()[-1]))
+    print(f"first {seconds[0]:.0f} s, {peaks[0]} MiB; again {seconds[1]:.0f} s, {peaks[1]} MiB")
+    assert max(peaks) < 2000 and peaks[1] < 1000 and seconds[1] < seconds[0] / 4

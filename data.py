@@ -506,14 +506,14 @@ def content_digest(source):
 
 def tokenize(sources, tokenizer, end_token, system, folder, quiet):
     """Writes tokens.bin, mask.bin and rows.npy of all sources, in a folder beside that is then renamed: a cache is whole or
-    absent. Rows are handled by the thousand, so memory does not grow with the data; tokenizers uses all cores."""
+    absent. Memory does not grow with the data, as rows are handled some hundred at a time; tokenizers uses all cores."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + "."))
     try:
         with open(aside / "tokens.bin", "wb") as tokens, open(aside / "mask.bin", "wb") as masks:
             rows, total = [], 0
-            for batch in tqdm(batches(sources, tokenizer, end_token, system), desc="tokenising", unit=" thousand rows",
-                              disable=quiet):
+            bar = tqdm(desc="tokenising", unit=" rows", disable=quiet)
+            for batch in batches(sources, tokenizer, end_token, system):
                 encoded = iter(tokenizer.encode_batch([text for *_, segments in batch for text, _ in segments]))
                 for file, line, segments in batch:
                     pieces = [next(encoded) for _ in segments]
@@ -524,6 +524,8 @@ def tokenize(sources, tokenizer, end_token, system, folder, quiet):
                     digest = hashlib.sha256(ids.tobytes() + mask.tobytes()).digest()[:8]
                     rows.append((total, file, line, int.from_bytes(digest, "little")))
                     total += len(ids)
+                bar.update(len(batch))
+            bar.close()
         np.save(aside / "rows.npy", np.array(rows, ROW))
         try:
             os.rename(aside, folder)
@@ -534,7 +536,7 @@ def tokenize(sources, tokenizer, end_token, system, folder, quiet):
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def batches(sources, tokenizer, end_token, system, size=1000):
+def batches(sources, tokenizer, end_token, system, size=256):
     """Yields lists of (file number, line, segments)."""
     batch = []
     for file, source in enumerate(sources):

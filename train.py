@@ -157,26 +157,25 @@ def from_rank_0(function, *args):
 # ------------------------------------------------------------------------------------------- model, memory, optimizer
 
 def memory_estimate(config, max_seq_len, num_ranks, recompute, offload):
-    """Bytes a rank needs, by what they are for: a packed row of max_seq_len tokens, gradients accumulated.
+    """Bytes a rank needs at its peak, by what they are for: a packed row of max_seq_len tokens, gradients accumulated.
 
-    Per token and layer a block saves about 5 I + 8 C numbers, its backward pass needs two fifths more at its peak.
+    Per token a block saves about 5 I + 8 C numbers for its backward pass, which needs two fifths more while it works.
+    Blocks and loss are never at work together: the larger one counts.
     """
     C, I, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    T, V = max_seq_len, config.vocab_size
-    embedding = V * C
+    T, embedding = max_seq_len, config.vocab_size * C
     block = (config.matmul_parameters - embedding) // L
     parameters = L * block + embedding * (1 if config.tie_word_embeddings else 2)
-    saved_mlp, saved_attention = 2 * (5 * I + 3 * C), 2 * 5 * C
-    tiles = min(T, MLP_TILE)
-    kept = {"none": L * T * (saved_mlp + saved_attention), "block": L * T * 2 * C, "tiled": 2 * L * T * 2 * C}[recompute]
-    working = {"none": 0.4 * T * (saved_mlp + saved_attention), "block": 1.4 * T * (saved_mlp + saved_attention),
-               "tiled": 1.4 * max(tiles * saved_mlp, T * saved_attention)}[recompute]
+    mlp, attention = 2 * (5 * I + 3 * C), 2 * 5 * C  # bytes a token, bf16
+    kept = {"none": L * T * (mlp + attention), "block": L * T * 2 * C, "tiled": L * T * 4 * C}[recompute]
+    work = {"none": 0.4 * T * (mlp + attention), "block": 1.4 * T * (mlp + attention),
+            "tiled": 1.4 * max(min(T, MLP_TILE) * mlp, T * attention)}[recompute]
+    gathered = (3 * 2 + 4) * block  # this block, the next, the one before; and a gradient in fp32
+    loss = 6 * LOSS_CHUNK + 8 * embedding + 6 * T * C  # logits; weight, its gradient in fp32 and bf16; hidden states
     return {
-        "weights, gradients, moments (fp32)": 0 if offload == "parameters" else 16 * parameters / num_ranks,
-        "gathered blocks (bf16) and gradient (fp32)": (3 * 2 + 4) * block + 2 * (parameters - L * block),
-        "activations": 0 if recompute != "none" and offload != "none" else kept,
-        "one block at work": working,
-        "loss": LOSS_CHUNK * 6 + 6 * embedding + 3 * T * 2 * C,
+        "weights, gradients, moments": 0 if offload == "parameters" else 16 * parameters / num_ranks,
+        "saved activations": 0 if recompute != "none" and offload != "none" else kept,
+        "work of a block or of the loss": max(gathered + work, loss),
     }
 
 
@@ -555,6 +554,7 @@ def load_data(args, config, tokenizer):
     if args.max_seq_len > config.max_position_embeddings:
         raise ValueError(f"--max_seq_len {args.max_seq_len} is beyond the {config.max_position_embeddings} positions of "
                          f"{args.model}: lower it")
+    tokenizer.token_id(args.end_token or tokenizer.end_token)  # it must be one token
     loaded = []
     for names in (args.data, args.eval_data):
         rows = names and data.load_rows(names, tokenizer, args.max_seq_len, args.end_token, args.system, args.as_published,

@@ -693,6 +693,8 @@ def one_line_errors(main):
     """Runs a script's main: what a user can get wrong ends in one line on stderr and exit status 2."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # `python data.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100              # a target that is none: PyTorch's own default for cross_entropy's ignore_index
 MLP_TILE = 4096            # tokens of one tile of the MLP under recompute="tiled"
-LOSS_CHUNK = 2 ** 27       # logits held at once by the loss: 512 MiB in fp32, whatever V and T are
+LOSS_CHUNK = {"cuda": 2 ** 27, "cpu": 2 ** 25}  # logits held at once by the loss: 512 and 128 MiB in fp32
 READ_BYTES = 2 ** 26       # weights are read in pieces of at most this size
 SHARD_BYTES = 5 * 10 ** 9  # size of one .safetensors file, as the published checkpoints have it
 
@@ -146,7 +146,7 @@ def refuse_unsupported(path, raw, rope):
 # A model to learn with: random weights, a byte-level tokenizer (data.py), a million parameters.
 BUILTIN = {"builtin:tiny": Qwen2Config(
     vocab_size=259, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=258)}
+    num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.06, eos_token_id=258)}
 
 
 # ----------------------------------------------------------------------------------------------------------- layers
@@ -267,7 +267,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if with_gradients:
             dx = torch.empty_like(x)
             dweight = torch.zeros_like(weight, dtype=torch.float32)  # (V, C) fp32: sums over chunks would lose bits in bf16
-        chunk = max(1, LOSS_CHUNK // len(weight))
+        chunk = max(1, LOSS_CHUNK[x.device.type] // len(weight))
         for start in range(0, len(x), chunk):
             rows = slice(start, start + chunk)
             z = (x[rows] @ weight.T).float()  # (n, V) fp32, overwritten by its softmax
@@ -519,9 +519,19 @@ def write_durably(path, pieces):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+        sync_folder(path.parent)
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from None
+
+
+def sync_folder(path):
+    """Makes the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def together(write, path, pieces):

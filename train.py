@@ -13,6 +13,7 @@ Sources: the recipe of Sky-T1 (novasky-ai.github.io/posts/sky-t1); the cosine sc
 """
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -29,6 +30,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read when torch first meets the GPU
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -40,15 +43,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import data
-from model import BUILTIN, LOSS_CHUNK, MLP_TILE, Qwen2, Qwen2Config, init_weights, load_weights, write_durably
+from model import BUILTIN, LOSS_CHUNK, MLP_TILE, Qwen2, Qwen2Config, init_weights, load_weights, sync_folder, write_durably
 
-BUILTIN_DEFAULTS = dict(data=["builtin:worked"], num_train_epochs=1, max_steps=300, learning_rate=3e-3, max_seq_len=2048,
+BUILTIN_DEFAULTS = dict(data=["builtin:worked:40000"], num_train_epochs=1, max_steps=400, learning_rate=2e-3, max_seq_len=2048,
                         dtype="float32", system="none", save_steps=100)
 # Dense bf16 TFLOP/s of NVIDIA's data sheets, by what the device's name contains.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H20": 148, "GH200": 989, "B200": 2250, "A100": 312, "A800": 312,
                "L40S": 362, "L40": 181, "A10G": 70, "A10": 125, "4090": 165, "3090": 71, "5090": 210}
 # In the order of preference. Flash needs no plan for each new document length, as cuDNN does.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
 # What of memory a choice of recompute and offload is allowed to fill; the rest is the allocator's and the libraries'.
 MEMORY_SHARE = {"cuda": 0.88, "cpu": 0.5}
 
@@ -66,7 +70,7 @@ def parse_arguments():
     add("--out", help="output folder, then itself a --model (default: a fresh one under out/)")
     add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     add("--num_train_epochs", type=int, default=3, help="passes over the data")
-    add("--max_steps", type=int, default=0, help="end (and end the schedule) after this many steps; 0: no limit")
+    add("--max_steps", type=int, default=0, help="length of the run in steps, instead of epochs; 0: epochs")
     add("--batch_size", type=int, default=96, help="examples of one step, whatever the number of GPUs")
     add("--learning_rate", type=float, default=1e-5, help="its peak")
     add("--warmup_ratio", type=float, default=0.1, help="share of the steps in which it rises; then a cosine to 0")
@@ -111,14 +115,13 @@ def parse_arguments():
 
 def start_processes(deterministic):
     """Joins the process group that torchrun describes, or one of this process alone. Returns rank, world_size, device."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     on_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if on_gpu:
         torch.cuda.set_device(local_rank)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     # objects and checkpoints' plans travel over gloo; hours, as one rank may fetch 65 GB of weights while others wait
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=4), **alone)
@@ -171,7 +174,7 @@ def memory_estimate(config, max_seq_len, num_ranks, recompute, offload):
     work = {"none": 0.4 * T * (mlp + attention), "block": 1.4 * T * (mlp + attention),
             "tiled": 1.4 * max(min(T, MLP_TILE) * mlp, T * attention)}[recompute]
     gathered = (3 * 2 + 4) * block  # this block, the next, the one before; and a gradient in fp32
-    loss = 6 * LOSS_CHUNK + 8 * embedding + 6 * T * C  # logits; weight, its gradient in fp32 and bf16; hidden states
+    loss = 6 * LOSS_CHUNK["cuda"] + 8 * embedding + 6 * T * C  # logits; weight, its gradient in fp32 and bf16; hidden states
     return {
         "weights, gradients, moments": 0 if offload == "parameters" else 16 * parameters / num_ranks,
         "saved activations": 0 if recompute != "none" and offload != "none" else kept,
@@ -179,12 +182,13 @@ def memory_estimate(config, max_seq_len, num_ranks, recompute, offload):
     }
 
 
-def choose_memory(config, args, num_ranks, available):
-    """The first --recompute and --offload that fit, dearest in memory and cheapest in time first."""
-    choices = [("none", "none"), ("block", "none"), ("tiled", "none"), ("block", "activations"), ("tiled", "activations"),
-               ("block", "parameters"), ("tiled", "parameters")]
+def choose_memory(config, args, num_ranks, available, device_type="cuda"):
+    """The first --recompute and --offload that fit, dearest in memory and cheapest in time first; else the last."""
+    choices = [("none", "none"), ("block", "none"), ("tiled", "none")]
+    if device_type == "cuda":  # a CPU has no other memory to move to
+        choices += [("block", "activations"), ("tiled", "activations"), ("block", "parameters"), ("tiled", "parameters")]
     choices = [(r, o) for r, o in choices if args.recompute in ("auto", r) and args.offload in ("auto", o)]
-    choices = choices or [(args.recompute, args.offload)]  # both given, and no sensible pair: the user's wish
+    choices = choices or [(args.recompute.replace("auto", "tiled"), args.offload)]  # a pair that only a user asks for
     for recompute, offload in choices:
         if sum(memory_estimate(config, args.max_seq_len, num_ranks, recompute, offload).values()) < available:
             break
@@ -223,7 +227,7 @@ def build_model(args, config, mesh, device, memory):
         model = Qwen2(config)
     num_parameters = sum(p.numel() for p in model.parameters())
     # whole in bf16 with whole fp32 gradients: a batch then costs one gathering and one reduction, however many micro-steps
-    keep_gathered = args.offload == "none" and 6 * num_parameters < 0.1 * memory
+    keep_gathered = mesh.size() > 1 and args.offload == "none" and 6 * num_parameters < 0.1 * memory
     model.recompute, model.offload = args.recompute, args.offload != "none" and args.recompute != "none"
     if args.compile:
         for block in model.model.layers:
@@ -260,9 +264,7 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep):
 
     Raises OSError on every rank if one cannot write; what was there before stays."""
     path, aside = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)  # of an earlier attempt: half-replaced files would look whole
-    dist.barrier()
+    from_rank_0(shutil.rmtree, aside, True)  # of an earlier attempt: half-replaced files would look whole
     try:
         dcp.save(training_state(model, optimizer), checkpoint_id=aside)
     except dcp.api.CheckpointException as error:
@@ -272,12 +274,9 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep):
         raise OSError(f"cannot write the checkpoint {path} ({reason}): free some disk, then --resume") from None
 
     def publish():
-        text = json.dumps({"step": step, "settings": settings}, indent=2).encode()
-        write_durably(aside / "run.json", [text])
+        write_durably(aside / "state.json", [json.dumps({"step": step, "settings": settings}, indent=2).encode()])
         os.rename(aside, path)
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync_folder(folder)
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     from_rank_0(publish)
@@ -288,10 +287,12 @@ def checkpoints(folder):
     return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name))
 
 
-def load_checkpoint(path, model, optimizer):
+def load_checkpoint(path, model, optimizer, settings):
     """Fills weights and moments, on any number of ranks. Returns the step; ValueError for a broken or foreign one."""
     try:
-        step = json.loads((path / "run.json").read_text())["step"]
+        state = json.loads((path / "state.json").read_text())
+        if state["settings"] != settings:
+            raise ValueError("its settings are another run's")
         dcp.load(training_state(model, optimizer), checkpoint_id=path)
     except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError,
             dcp.api.CheckpointException) as error:
@@ -299,8 +300,8 @@ def load_checkpoint(path, model, optimizer):
         raise ValueError(f"{path} is broken or of another model ({type(reason).__name__}: {str(reason)[:200]}): "
                          "remove it to continue from an older one") from None
     for parameter in model.parameters():
-        optimizer.state[parameter]["step"].fill_(step)
-    return step
+        optimizer.state[parameter]["step"].fill_(state["step"])
+    return state["step"]
 
 
 # ---------------------------------------------------------------------------------------------------- output folder
@@ -340,7 +341,7 @@ def open_folder(args, settings):
     if out.is_file():
         raise ValueError(f"--out {out} is a file")
     file = out / "settings.json"
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(p.name != "settings.json.tmp" for p in out.iterdir()):  # a run killed while it began
         if not file.exists():
             raise ValueError(f"--out {out} is not empty and holds no run of train.py: choose another folder")
         if not args.resume:
@@ -353,8 +354,9 @@ def open_folder(args, settings):
         if changed:
             raise ValueError(f"--resume continues {out} with the settings it was started with; changed: {', '.join(changed)}")
     else:
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         write_durably(file, [json.dumps(settings, indent=2).encode()])
+    (out / "checkpoints").mkdir(exist_ok=True)
     return str(out)
 
 
@@ -462,7 +464,10 @@ def export(out, model, model_dir, tokenizer, args):
 
 def write_run(out, args, settings, rows, config, log):
     """run.json, the last file of a run: what it was, what it ran on, what it came to."""
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    except OSError:  # no git here
+        git = ""
     on_gpu = log.device.type == "cuda"
     run = {"arguments": vars(args), "settings": settings, "config": dataclasses.asdict(config), "rows": rows.counts,
            "num_steps": len(log.lines), "final_loss": log.lines[-1]["loss"], "world_size": log.world_size,
@@ -470,7 +475,7 @@ def write_run(out, args, settings, rows, config, log):
            "dollars": log.gpu_hours * args.dollars_per_gpu_hour if on_gpu else 0.0,
            "process_hours": log.gpu_hours,
            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
-           "git_commit": git.stdout.strip() or None, "weights": fingerprint(out)}
+           "git_commit": git.strip() or None, "weights": fingerprint(out)}
     write_durably(out / "run.json", [json.dumps(run, indent=2).encode() + b"\n"])
 
 
@@ -507,10 +512,17 @@ def forward_backward(model, rows, packed, scale, device, keep_gathered=False):
                 model.set_reshard_after_backward(micro_step == len(packed) - 1)
             input_ids, targets, lengths = data.assemble(rows, documents)
             input_ids, targets = (torch.from_numpy(t).to(device, non_blocking=True) for t in (input_ids, targets))
-            loss = model(input_ids, targets, lengths)
-            if torch.is_grad_enabled():
-                (loss * scale).backward()
+            try:
+                loss = model(input_ids, targets, lengths)
+                if torch.is_grad_enabled():
+                    (loss * scale).backward()
+            except torch.OutOfMemoryError:  # on this rank alone, perhaps: no other would hear of an exception
+                print(f"error: out of GPU memory on a row of {sum(lengths)} tokens: try --recompute tiled --offload "
+                      "activations, --offload parameters, or a lower --max_seq_len", file=sys.stderr, flush=True)
+                os._exit(2)
             losses.append(loss.detach())
+            if device.type == "cpu" and MALLOC_TRIM is not None:
+                MALLOC_TRIM(0)  # gives back what glibc keeps of freed tensors: half a GiB for a model of 135M
     return torch.stack(losses)
 
 
@@ -632,16 +644,15 @@ def main():
     config, tokenizer = agreed(Qwen2Config.from_pretrained, model_dir), agreed(data.load_tokenizer, model_dir)
     rows, eval_rows = node_by_node(load_data, args, config, tokenizer)
     settings = agreed(run_settings, args, model_dir, rows)
-    num_steps = args.num_train_epochs * -(-len(rows) // args.batch_size)
-    num_steps = min(num_steps, args.max_steps or num_steps)
+    num_steps = args.max_steps or args.num_train_epochs * -(-len(rows) // args.batch_size)
     warmup_steps = math.ceil(args.warmup_ratio * num_steps)
 
     # 3. model and optimizer
     memory = available_memory(device)
-    args.recompute, args.offload = choose_memory(config, args, shard_size, memory)
+    args.recompute, args.offload = choose_memory(config, args, shard_size, memory, device.type)
     model, keep_gathered = build_model(args, config, mesh, device, memory)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
-    newest = checkpoints(Path(args.out) / "checkpoints")[-1:] if args.resume else []
+    newest = from_rank_0(checkpoints, Path(args.out) / "checkpoints")[-1:] if args.resume else []
     if model_dir in BUILTIN:
         init_weights(model, args.seed)
     elif not newest:
@@ -653,7 +664,7 @@ def main():
     if (out / "run.json").exists():
         say(f"{out} is finished: nothing to do")
         return
-    step = agreed(load_checkpoint, newest[0], model, optimizer) if newest else 0
+    step = agreed(load_checkpoint, newest[0], model, optimizer, settings) if newest else 0
     if args.resume:
         say(f"resuming {out} at step {step}" if newest else f"{out} has no checkpoint yet: starting from the beginning")
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -689,7 +700,7 @@ def main():
         line = dict(step=step - 1, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm, num_target_tokens=num_targets,
                     num_tokens=num_tokens, micro_steps=len(packed), seconds=time.perf_counter() - start)
         saving = step % args.save_steps == 0 or step == num_steps or stop
-        if saving and eval_rows is not None:
+        if saving and eval_rows is not None and not stop:  # an interrupted run may have little time left
             line["eval_loss"] = held_out_loss(model, eval_rows, args, device)
         if log is not None:
             interrupt.wanted |= not log.write(line, flops)

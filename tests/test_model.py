@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model as model_module
 import reference
 from conftest import SHAPES, small_config, small_model
-from model import (IGNORE, ChunkedCrossEntropy, Qwen2, Qwen2Config, RMSNorm, packed_attention, rotary_embedding, rotate)
+from model import (IGNORE, LOSS_CHUNK, ChunkedCrossEntropy, Qwen2, Qwen2Config, RMSNorm, packed_attention, rotary_embedding, rotate)
 
 RAW = dict(model_type="qwen2", vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
            num_key_value_heads=2)
@@ -146,7 +146,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("chunk", [1, 7, 100, 10 ** 9])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_chunked_loss_and_gradients_equal_float64(monkeypatch, chunk, dtype, tolerance):
-    monkeypatch.setattr(model_module, "LOSS_CHUNK", chunk * 50)
+    monkeypatch.setitem(LOSS_CHUNK, "cpu", chunk * 50)
     x, weight, targets = torch.randn(23, 16).to(dtype), torch.randn(50, 16).to(dtype), torch.randint(50, (23,))
     wide = [t.double().requires_grad_() for t in (x, weight)]
     expected = F.cross_entropy(wide[0] @ wide[1].T, targets, reduction="sum")
@@ -161,7 +161,7 @@ def test_chunked_loss_and_gradients_equal_float64(monkeypatch, chunk, dtype, tol
 
 def test_the_weight_gradient_is_summed_in_fp32(monkeypatch):
     """300 chunks that add the same small number: in bf16 the sum would stop growing."""
-    monkeypatch.setattr(model_module, "LOSS_CHUNK", 2)
+    monkeypatch.setitem(LOSS_CHUNK, "cpu", 2)
     x, weight = torch.ones(300, 1).bfloat16().requires_grad_(), torch.zeros(2, 1).bfloat16().requires_grad_()
     ChunkedCrossEntropy.apply(x, weight, torch.zeros(300, dtype=torch.long), True).backward()
     assert weight.grad.tolist() == [[-150.0], [150.0]]
@@ -170,7 +170,7 @@ def test_the_weight_gradient_is_summed_in_fp32(monkeypatch):
 @pytest.mark.parametrize("tied", [True, False])
 def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(monkeypatch, tied):
     model = small_model(vocab_size=4096, tie_word_embeddings=tied)
-    monkeypatch.setattr(model_module, "LOSS_CHUNK", 4096 * 16)
+    monkeypatch.setitem(LOSS_CHUNK, "cpu", 4096 * 16)
     ids = torch.randint(4096, (1, 256))
     with LargestTensor() as largest:
         model(ids, ids).backward()

@@ -386,13 +386,14 @@ def test_a_broken_checkpoint_is_refused_with_the_reason(run, model_dir, rows_fil
     elif damage == "cut":
         shard.write_bytes(shard.read_bytes()[:1000])
     elif damage == "empty":
-        (newest / "run.json").write_text("")
+        (newest / "state.json").write_text("")
     else:
         other = small_model(hidden_size=32)
         optimizer = torch.optim.AdamW(other.parameters())
+        state = (newest / "state.json").read_text()
         shutil.rmtree(newest)
         train.dcp.save(train.training_state(other, optimizer), checkpoint_id=newest, no_dist=True)
-        (newest / "run.json").write_text('{"step": 15}')
+        (newest / "state.json").write_text(state)
     status, _, errors = run(*arguments)
     assert status == 2 and newest.name in errors and "broken or of another model" in errors and "Traceback" not in errors
     assert newest.exists()

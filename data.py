@@ -12,15 +12,19 @@ Qwen2.5-Instruct. Limits: plain text turns only (no tools, no images); .parquet 
 """
 import argparse
 import csv
+import errno
 import functools
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +64,7 @@ CALL_PROMPT = ("Generate an executable Python function generated from the given 
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
+MAX_SEQ_LEN = 16384  # the recipe's
 CACHE_VERSION = 1  # part of the cache's key: raise it when the meaning of the cached files changes
 
 
@@ -68,11 +73,16 @@ CACHE_VERSION = 1  # part of the cache's key: raise it when the meaning of the c
 class Tokenizer:
     """tokenizer.json and what its folder says beside it: end token, pad token, chat template (None: Qwen2.5's)."""
 
-    def __init__(self, backend, eos_token=None, pad_token=None, template=None, folder=None):
+    def __init__(self, backend, bos_token=None, eos_token=None, pad_token=None, template=None, folder=None):
         self.backend, self.template, self.folder = backend, template, folder
+        self.bos_token, self.eos_token = bos_token or "", eos_token or ""
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.eos_token_id = backend.token_to_id(eos_token) if eos_token else None
         self.pad_token_id = backend.token_to_id(pad_token) if pad_token else None
+
+    def render(self, messages, add_generation_prompt=False):
+        """The text of a conversation by this folder's chat template."""
+        return render_chat(messages, add_generation_prompt, self.template, self.bos_token, self.eos_token)
 
     def encode(self, text):
         """Token ids of a text; special tokens written in it are recognised, none is added."""
@@ -94,13 +104,14 @@ class Tokenizer:
     @functools.cached_property
     def end_token(self):
         """What the chat template puts behind an assistant's turn: the token that generation stops on."""
-        turn = render_chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}], template=self.template)
-        end = turn.rpartition("ANSWER")[2].strip()
-        if end:
-            return end
-        if self.eos_token_id is None:
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}
+        if self.render([question], add_generation_prompt=True) == self.render([question]):
+            raise ValueError(f"{self.folder}: the chat template does not know add_generation_prompt, so where an answer starts "
+                             "cannot be told: mend it")
+        end = self.render([question, answer]).rpartition("ANSWER")[2].strip() or self.eos_token
+        if not end:
             raise ValueError(f"{self.folder}: neither chat template nor tokenizer_config.json name an end token")
-        return self.backend.id_to_token(self.eos_token_id)
+        return end
 
     def save(self, folder):
         """Writes the tokenizer files: copies of the folder's own, or those of the built-in tokenizer."""
@@ -134,13 +145,14 @@ def load_tokenizer(model_dir):
     backend.no_padding()
     try:
         config = json.loads(config_path.read_text()) if config_path.is_file() else {}
-    except ValueError as error:
+        tokens = {key: value["content"] if isinstance(value := config.get(key), dict) else value
+                  for key in ("bos_token", "eos_token", "pad_token")}
+    except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{config_path} is broken ({error}): download it again") from None
-    token = {key: value["content"] if isinstance(value := config.get(key), dict) else value for key in ("eos_token", "pad_token")}
     template = jinja_path.read_text() if jinja_path.is_file() else config.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = next((t["template"] for t in template if t.get("name") == "default"), None)
-    return Tokenizer(backend, token["eos_token"], token["pad_token"], template, folder)
+    return Tokenizer(backend, **tokens, template=template, folder=folder)
 
 
 def builtin_tokenizer():
@@ -152,7 +164,7 @@ def builtin_tokenizer():
     backend.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
     template = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-    return Tokenizer(backend, "<|im_end|>", "<|endoftext|>", template)
+    return Tokenizer(backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", template=template)
 
 
 @functools.lru_cache(maxsize=8)
@@ -166,11 +178,16 @@ def compiled_template(template):
     return environment.from_string(template)
 
 
-def render_chat(messages, add_generation_prompt=False, template=None):
-    """The text of a conversation. Without a template (jinja2 source) it is Qwen2.5-Instruct's, default system included."""
+def render_chat(messages, add_generation_prompt=False, template=None, bos_token="", eos_token=""):
+    """The text of a conversation. Without a template (jinja2 source) it is Qwen2.5-Instruct's, default system included.
+    Raises ValueError for messages or a template that cannot be rendered."""
     if template is not None:
-        return compiled_template(template).render(messages=messages, add_generation_prompt=add_generation_prompt,
-                                                  bos_token="", eos_token="")
+        import jinja2
+        try:
+            return compiled_template(template).render(messages=messages, add_generation_prompt=add_generation_prompt,
+                                                      bos_token=bos_token, eos_token=eos_token)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template fails on these messages: {error}") from None
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": QWEN_DEFAULT_SYSTEM}, *messages]
     for message in messages:
@@ -187,16 +204,17 @@ def conversation_segments(tokenizer, messages, end_token=None):
     `end_token` replaces the template's behind each answer; if it is another one, the text ends there.
     """
     segments, done, end = [], "", tokenizer.end_token
-    render = functools.partial(render_chat, template=tokenizer.template)
     for k, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = render(messages[:k], add_generation_prompt=True)
+        prompt, answer = tokenizer.render(messages[:k], add_generation_prompt=True), message["content"]
         if not prompt.startswith(done):
             raise ValueError("the chat template changes earlier turns: only rows with one answer can be trained on")
-        segments += [(prompt[len(done):], False), (message["content"], True), (end_token or end, True)]
-        done = prompt + message["content"] + end
-    text = render(messages)
+        if answer.startswith("<think>\n") and prompt.endswith("<think>\n"):  # R1's template opens the thought itself
+            answer = answer.removeprefix("<think>\n")
+        segments += [(prompt[len(done):], False), (answer, True), (end_token or end, True)]
+        done = prompt + answer + end
+    text = tokenizer.render(messages)
     if text.startswith(done) and (end_token or end) == end and messages[-1]["role"] == "assistant":
         segments.append((text[len(done):], False))  # Qwen's newline after the end of the turn
     return [s for s in segments if s[0]]
@@ -233,8 +251,10 @@ def find(name, repo_type, patterns):
         raise FileNotFoundError(f"{name} is neither a path here nor could it be fetched from the hub: {reason}") from None
 
 
-def find_model(name):
-    return name if name == "builtin:tiny" else find(name, "model", ["*.json", "*.safetensors", "*.jinja", "*.txt"])
+def find_model(name, weights=True):
+    """The folder of a model; without weights only its configuration and tokenizer are fetched."""
+    patterns = ["*.json", "*.jinja", "*.txt"] + ["*.safetensors"] * weights
+    return name if name == "builtin:tiny" else find(name, "model", patterns)
 
 
 def find_data(name):
@@ -243,7 +263,7 @@ def find_data(name):
     if path.is_file():
         return [path]
     files = sorted(p for p in path.rglob("*") if p.name.endswith(DATA_SUFFIXES) and p.name != "dataset_infos.json")
-    files = [p for p in files if "train" in str(p.relative_to(path))] or files
+    files = [p for p in files if re.search(r"(^|[^a-z])train([^a-z]|$)", str(p.relative_to(path)))] or files
     if not files:
         raise FileNotFoundError(f"{name} holds no data file ({', '.join(DATA_SUFFIXES)})")
     return files
@@ -265,55 +285,84 @@ def read_rows(path):
 
 
 def json_rows(path):
-    """One object a line, or one array of objects. An array is decoded row by row: the text is in memory, its objects are not."""
+    """One object a line, or one array of objects, which is decoded row by row: neither is ever whole in memory."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         try:
             start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
             file.seek(0)
             if start == b"[":
-                yield from array_rows(path, decode(path, 1, file.read()))
+                yield from array_rows(path, io.TextIOWrapper(file, encoding="utf-8-sig"))
                 return
             for number, line in enumerate(file, 1):
-                text = decode(path, number, line)
+                try:
+                    text = line.decode("utf-8-sig")
+                except UnicodeDecodeError as error:
+                    raise not_utf8(path, number, error) from None
                 if text.strip():
-                    yield parse(path, number, json.loads, text), number
-        except (gzip.BadGzipFile, EOFError) as error:
+                    try:
+                        yield json.loads(text), number
+                    except (ValueError, RecursionError) as error:
+                        raise broken_json(path, number, error) from None
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path} is not a complete gzip file ({error})") from None
 
 
-def decode(path, line, raw):
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line += raw[:error.start].count(b"\n")
-        raise ValueError(f"{path}:{line}: not UTF-8 (byte {raw[error.start]:#x}): save the file as UTF-8") from None
+def not_utf8(path, line, error):
+    line += error.object[:error.start].count(b"\n")
+    return ValueError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#x}): save the file as UTF-8")
 
 
-def parse(path, line, loads, *args):
-    try:
-        return loads(*args)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}:{line}: broken JSON ({getattr(error, 'msg', 'nested too deep')})") from None
+def broken_json(path, line, error):
+    reason = getattr(error, "msg", "nested too deep" if isinstance(error, RecursionError) else error)
+    return ValueError(f"{path}:{line}: broken JSON ({reason})")
 
 
-def array_rows(path, text):
-    space = functools.partial(json.decoder.WHITESPACE.match, text)
-    position, line, counted = space(space().end() + 1).end(), 1, 0
-    while text[position:position + 1] != "]":
-        line, counted = line + text.count("\n", counted, position), position
-        row, position = parse(path, line, json.JSONDecoder().raw_decode, text, position)
-        yield row, line
-        position = space(position).end()
-        if text[position:position + 1] == ",":
-            position = space(position + 1).end()
-        elif text[position:position + 1] != "]":
-            line += text.count("\n", counted, position)
-            raise ValueError(f"{path}:{line}: broken JSON (no comma or closing bracket after a row: is the file truncated?)")
+def array_rows(path, file, block=2 ** 20):
+    """Rows of a JSON array in a text file, taken from a window that grows by a block until it holds the next one whole."""
+    window, line, marks, row_next, closed, piece = "", 1, "[", False, False, True
+    while piece:
+        try:
+            piece = file.read(block)
+        except UnicodeDecodeError as error:
+            raise not_utf8(path, line + window.count("\n"), error) from None
+        window += piece
+        while True:
+            blank = len(window) - len(window.lstrip())
+            line, window = line + window[:blank].count("\n"), window[blank:]
+            if not window:
+                break
+            if window[0] in marks:
+                closed = window[0] == "]"
+                marks, row_next = {"[": ("]", True), ",": ("", True), "]": ("", False)}[window[0]]
+                window = window[1:]
+            elif row_next:
+                try:
+                    row, end = json.JSONDecoder().raw_decode(window)
+                except (json.JSONDecodeError, RecursionError) as error:
+                    if piece and isinstance(error, json.JSONDecodeError):
+                        break  # perhaps the row goes on in the next block
+                    raise broken_json(path, line, error) from None
+                yield row, line
+                line, window, marks, row_next = line + window[:end].count("\n"), window[end:], ",]", False
+            else:
+                raise broken_json(path, line, f"{window[:20]!r} " + ("after the array" if closed else "after a row"))
+    if not closed:
+        raise broken_json(path, line, "the array does not end: is the file truncated?")
 
 
 def csv_rows(path):
+    csv.field_size_limit(2 ** 31 - 1)
     with open(path, newline="", encoding="utf-8-sig") as file:
-        yield from ((row, number) for number, row in enumerate(csv.DictReader(file), 1))
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise ValueError(f"{path}:{reader.line_num}: {len(reader.fieldnames)} columns in the header, not in this row")
+                yield row, reader.line_num
+        except UnicodeDecodeError as error:
+            raise not_utf8(path, reader.line_num, error) from None
+        except csv.Error as error:
+            raise ValueError(f"{path}:{reader.line_num}: broken CSV ({error})") from None
 
 
 def parquet_rows(path):
@@ -331,12 +380,14 @@ def parquet_rows(path):
 
 
 def recipe_prompt(problem):
-    """The user turn that the recipe makes of a problem, by its kind."""
-    kind = problem.get("kind")
-    if kind == "code":
-        first = (problem.get("tests") or [{}])[0]
-        return (STDIN_PROMPT if "input" in first else CALL_PROMPT) + problem["prompt"]
-    return {"math": MATH_PROMPT, "choice": CHOICE_PROMPT}.get(kind, "") + problem["prompt"]
+    """The user turn that the recipe makes of a problem, by its kind. ValueError for another kind or malformed tests."""
+    kind, tests = problem.get("kind"), problem.get("tests") or [{}]
+    if kind not in ("math", "choice", "code", None):
+        raise ValueError(f"unknown kind {kind!r}: must be math, choice or code")
+    if kind == "code" and not (isinstance(tests, list) and isinstance(tests[0], dict)):
+        raise ValueError("`tests` must be a list of objects")
+    prompt = {"math": MATH_PROMPT, "choice": CHOICE_PROMPT, None: ""}
+    return (prompt[kind] if kind != "code" else STDIN_PROMPT if "input" in tests[0] else CALL_PROMPT) + problem["prompt"]
 
 
 def to_messages(row, system="skyt1"):
@@ -344,30 +395,38 @@ def to_messages(row, system="skyt1"):
     carry none. Raises ValueError that names the field."""
     if isinstance(row.get("conversations"), list):
         turns = [turn_of(turn, "from", "value") for turn in row["conversations"]]
-        if row.get("system"):
-            turns.insert(0, {"role": "system", "content": row["system"]})
     elif isinstance(row.get("messages"), list):
         turns = [turn_of(turn, "role", "content") for turn in row["messages"]]
     elif isinstance(row.get("response"), str) and isinstance(row.get("prompt"), str):
+        if row.get("passed") is False:
+            raise ValueError("a sample that did not pass: train on the file of `verify.py --keep`")
         turns = [{"role": "user", "content": recipe_prompt(row)}, {"role": "assistant", "content": row["response"]}]
-        if system != "none":
-            turns.insert(0, {"role": "system", "content": SYSTEM_PROMPTS.get(system, system)})
+        row = {"system": None if system == "none" else SYSTEM_PROMPTS.get(system, system)}
     else:
-        raise ValueError(f"not a training row (fields: {', '.join(row) or 'none'}): it needs `conversations`, `messages`, or "
-                         "`prompt` and `response`")
-    if not any(turn["role"] == "assistant" for turn in turns):
+        raise ValueError(f"not a training row (fields: {', '.join(map(str, row)) or 'none'}): it needs `conversations`, "
+                         "`messages`, or `prompt` and `response`")
+    if row.get("system"):
+        turns.insert(0, turn_of({"role": "system", "content": row["system"]}, "role", "content"))
+    roles = [turn["role"] for turn in turns]
+    if "assistant" not in roles:
         raise ValueError("no assistant turn, so nothing to learn from")
+    if "user" not in roles[:roles.index("assistant")]:
+        raise ValueError("no user turn before the first assistant turn")
     return turns
 
 
 def turn_of(turn, role_field, text_field):
+    """One message from a turn's two fields; ValueError that names the field."""
     if not isinstance(turn, dict) or role_field not in turn:
         raise ValueError(f"a turn has no `{role_field}`")
-    if turn[role_field] not in ROLES:
-        raise ValueError(f"unknown role {turn[role_field]!r}: must be one of {', '.join(ROLES)}")
-    if not isinstance(turn.get(text_field), str):
-        raise ValueError(f"`{text_field}` of a {turn[role_field]} turn is not a string")
-    return {"role": ROLES[turn[role_field]], "content": turn[text_field]}
+    role, text = turn[role_field], turn.get(text_field)
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"unknown role {role!r}: must be one of {', '.join(ROLES)}")
+    if not isinstance(text, str):
+        raise ValueError(f"`{text_field}` of a {role} turn is not a string")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"`{text_field}` of a {role} turn holds half a character (a lone surrogate)")
+    return {"role": ROLES[role], "content": text}
 
 
 # --------------------------------------------------------------------------------------------------- a built-in task
@@ -452,16 +511,23 @@ def load_rows(names, tokenizer, max_seq_len, end_token=None, system="skyt1", as_
     """
     sources = [source for name in map(str, names)
                for source in ([name] if name.startswith("builtin:") else find_data(name))]
-    settings = [CACHE_VERSION, end_token or tokenizer.end_token, system, tokenizer.template, tokenizer.backend.to_str()]
+    settings = [CACHE_VERSION, end_token or tokenizer.end_token, system, tokenizer.template, tokenizer.bos_token,
+                tokenizer.eos_token, tokenizer.backend.to_str()]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for source in sources:
         digest.update(content_digest(source))
     digest = digest.hexdigest()[:32]
     folder = cache_folder(cache) / digest
-    if not (folder / "rows.npy").exists():
+    if not folder.exists():
         tokenize(sources, tokenizer, end_token, system, folder, quiet)
-    rows = np.load(folder / "rows.npy")
-    tokens, mask = (np.memmap(folder / f"{name}.bin", dtype, "r") for name, dtype in (("tokens", np.uint32), ("mask", np.uint8)))
+    try:
+        rows = np.load(folder / "rows.npy")
+        tokens, mask = np.memmap(folder / "tokens.bin", np.uint32, "r"), np.memmap(folder / "mask.bin", np.uint8, "r")
+        if not len(tokens) == len(mask) == rows[-1]["start"]:
+            raise ValueError("its files do not fit together")
+    except (OSError, ValueError, EOFError, IndexError) as error:
+        raise ValueError(f"the token cache {folder} is damaged ({error}): remove that folder") from None
+    rows = rows[:-1]  # the last entry is the end of all
     return select(tokens, mask, rows, [str(s) for s in sources], digest, max_seq_len, as_published)
 
 
@@ -488,6 +554,17 @@ def select(tokens, mask, rows, files, digest, max_seq_len, as_published):
     return TokenizedRows(tokens, mask, rows, ends, np.flatnonzero(~dropped), counts, files, digest)
 
 
+def check_against_model(args, config, tokenizer):
+    """Sets --max_seq_len where it was left out. ValueError if it is beyond the model's positions, or if --end_token is not
+    one token."""
+    if args.max_seq_len is None:
+        args.max_seq_len = min(MAX_SEQ_LEN, config.max_position_embeddings)
+    if args.max_seq_len > config.max_position_embeddings:
+        raise ValueError(f"--max_seq_len {args.max_seq_len} is beyond the {config.max_position_embeddings} positions of "
+                         f"{args.model}: lower it")
+    tokenizer.token_id(args.end_token or tokenizer.end_token)
+
+
 def cache_folder(cache):
     return Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sky-t1").expanduser()
 
@@ -506,13 +583,13 @@ def content_digest(source):
 
 def tokenize(sources, tokenizer, end_token, system, folder, quiet):
     """Writes tokens.bin, mask.bin and rows.npy of all sources, in a folder beside that is then renamed: a cache is whole or
-    absent. Memory does not grow with the data, as rows are handled some hundred at a time; tokenizers uses all cores."""
+    absent. Rows are handled some hundred at a time, so memory does not grow with the data; tokenizers uses all cores."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + "."))
     try:
-        with open(aside / "tokens.bin", "wb") as tokens, open(aside / "mask.bin", "wb") as masks:
+        with (open(aside / "tokens.bin", "wb") as tokens, open(aside / "mask.bin", "wb") as masks,
+              open(aside / "rows.npy", "wb") as index, tqdm(desc="tokenising", unit=" rows", disable=quiet) as bar):
             rows, total = [], 0
-            bar = tqdm(desc="tokenising", unit=" rows", disable=quiet)
             for batch in batches(sources, tokenizer, end_token, system):
                 encoded = iter(tokenizer.encode_batch([text for *_, segments in batch for text, _ in segments]))
                 for file, line, segments in batch:
@@ -525,13 +602,16 @@ def tokenize(sources, tokenizer, end_token, system, folder, quiet):
                     rows.append((total, file, line, int.from_bytes(digest, "little")))
                     total += len(ids)
                 bar.update(len(batch))
-            bar.close()
-        np.save(aside / "rows.npy", np.array(rows, ROW))
-        try:
-            os.rename(aside, folder)
-        except OSError:  # another process was first
-            if not (folder / "rows.npy").exists():
-                raise
+            np.save(index, np.array(rows + [(total, -1, -1, 0)], ROW))
+            for file in (tokens, masks, index):
+                file.flush()
+                os.fsync(file.fileno())
+        os.rename(aside, folder)
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:  # another process was first
+            return
+        raise OSError(error.errno, f"cannot write the token cache: {error.strerror}: free some disk or move it with --cache",
+                      str(folder.parent)) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -571,14 +651,16 @@ def pack(lengths, costs, max_seq_len, num_ranks):
     """Packs the documents of a batch into rows: [micro_step][rank] -> list of document numbers.
 
     All ranks meet at every micro-step, so a batch takes as long as the sum of each micro-step's dearest row. There are as
-    few micro-steps as best-fit packing allows; the dearest documents are dealt out first, each to the cheapest row with
+    few micro-steps as best-fit packing allows; the longest documents are dealt out first, each to the cheapest row with
     room; rows of like cost share a micro-step; then documents are exchanged as long as that makes a dearest row cheaper.
     """
     lengths, costs = np.asarray(lengths), np.asarray(costs, float)
+    assert lengths.max() <= max_seq_len, f"a document of {lengths.max()} tokens, rows of {max_seq_len}"
     order = np.argsort(-lengths, kind="stable")
-    num_rows = -(-best_fit(lengths[order], max_seq_len) // num_ranks) * num_ranks
-    while (row_of := deal(order, lengths, costs, max_seq_len, num_rows)) is None:
-        num_rows += num_ranks
+    tight = best_fit(order, lengths, max_seq_len)
+    num_rows = -(-(tight.max() + 1) // num_ranks) * num_ranks
+    row_of = deal(order, lengths, costs, max_seq_len, num_rows)
+    row_of = tight if row_of is None else row_of  # no slack: the tight packing is the start
     by_cost = np.argsort(-np.bincount(row_of, costs, num_rows), kind="stable")
     row_of = np.argsort(by_cost)[row_of]  # row r belongs to micro-step r // num_ranks
     exchange(row_of, lengths, costs, max_seq_len, num_rows, num_ranks)
@@ -586,16 +668,17 @@ def pack(lengths, costs, max_seq_len, num_ranks):
     return [rows[i:i + num_ranks] for i in range(0, num_rows, num_ranks)]
 
 
-def best_fit(lengths, capacity):
-    """Rows that best-fit packing of lengths, longest first, needs."""
-    room = []
-    for length in lengths:
-        fitting = [r for r in range(len(room)) if room[r] >= length]
-        if fitting:
-            room[min(fitting, key=room.__getitem__)] -= length
-        else:
-            room.append(capacity - length)
-    return len(room)
+def best_fit(order, lengths, capacity):
+    """The row of each document when each in turn goes to the fullest row that has room, or to a new one."""
+    row_of, room = np.zeros(len(order), int), []
+    for i in order:
+        fitting = [r for r in range(len(room)) if room[r] >= lengths[i]]
+        if not fitting:
+            fitting = [len(room)]
+            room.append(capacity)
+        row_of[i] = min(fitting, key=room.__getitem__)
+        room[row_of[i]] -= lengths[i]
+    return row_of
 
 
 def deal(order, lengths, costs, capacity, num_rows):
@@ -709,7 +792,7 @@ def main():
     parser = argparse.ArgumentParser(description="Shows what train.py will see of some data.")
     parser.add_argument("data", nargs="+", help="files, hub data sets or builtin:...")
     parser.add_argument("--model", required=True, help="folder, hub name or builtin:tiny: tokenizer and context length")
-    parser.add_argument("--max_seq_len", type=int, default=16384, help="tokens of a packed row (16384)")
+    parser.add_argument("--max_seq_len", type=int, help="tokens of a packed row (16384, or the model's positions if fewer)")
     parser.add_argument("--batch_size", type=int, default=96, help="examples of one optimizer step (96)")
     parser.add_argument("--num_ranks", type=int, default=8, help="GPUs to plan the packing for (8)")
     parser.add_argument("--seed", type=int, default=42, help="of the order (42)")
@@ -719,9 +802,13 @@ def main():
     parser.add_argument("--cache", help="folder of the token cache (~/.cache/sky-t1)")
     parser.add_argument("--row", type=int, default=0, help="the kept row to show (0)")
     args = parser.parse_args()
+    for name in ("max_seq_len", "batch_size", "num_ranks"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be above 0")
 
-    model_dir = find_model(args.model)
+    model_dir = find_model(args.model, weights=False)
     tokenizer, config = load_tokenizer(model_dir), Qwen2Config.from_pretrained(model_dir)
+    check_against_model(args, config, tokenizer)
     rows = load_rows(args.data, tokenizer, args.max_seq_len, args.end_token, args.system, args.as_published, args.cache)
     if not 0 <= args.row < len(rows):
         raise ValueError(f"--row {args.row}: the rows kept are 0 to {len(rows) - 1}")

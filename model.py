@@ -108,6 +108,9 @@ class Qwen2Config:
             value = getattr(self, f.name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{path}: {f.name} is {value!r}, must be a positive integer")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if not isinstance(getattr(self, name), (int, float)) or getattr(self, name) <= 0:
+                raise ValueError(f"{path}: {name} is {getattr(self, name)!r}, must be a positive number")
         for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(f"{path}: {whole} {getattr(self, whole)} is not divisible by {part} {getattr(self, part)}")
@@ -182,15 +185,16 @@ def rotate(x, cos, sin):
 
 
 @torch.compiler.disable  # lengths differ in each row: compiled, each new one would cost a compilation
-def packed_attention(q, k, v, document_lengths=None):
+def packed_attention(q, k, v, document_lengths):
     """Causal attention within each document of a packed row: one SDPA call a document, never a T x T mask.
 
-    q (B, H, T, D), k and v (B, Hkv, T, D), lengths that sum to T (None: one document) -> (B, H, T, D).
+    q (B, H, T, D), k and v (B, Hkv, T, D), lengths that sum to T (an int tensor on the CPU) -> (B, H, T, D).
     """
-    if document_lengths is None or len(document_lengths) == 1:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    documents = zip(*(t.split(document_lengths, dim=2) for t in (q, k, v)))
-    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in documents], dim=2)
+    if q.is_cuda and q.dtype == torch.float32:  # the one CUDA kernel for fp32 without a T x T matrix wants as many k as q
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    documents = zip(*(t.split(document_lengths.tolist(), dim=2) for t in (q, k, v)))
+    y = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=k.shape[1] < q.shape[1]) for qkv in documents]
+    return y[0] if len(y) == 1 else torch.cat(y, dim=2)
 
 
 class Attention(nn.Module):
@@ -204,7 +208,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * self.head_dim)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, C, bias=False)
 
-    def forward(self, x, cos, sin, document_lengths=None):
+    def forward(self, x, cos, sin, document_lengths):
         B, T, C = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
@@ -242,7 +246,7 @@ class Block(nn.Module):
     def transform(self, x):
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def forward(self, x, cos, sin, document_lengths=None, tile=None):
+    def forward(self, x, cos, sin, document_lengths, tile=None):
         """`tile`: recompute both halves in the backward pass, the MLP in tiles of that many tokens. Its saved tensors
         (5 I + 3 C a token) then exist for one tile at a time; the price is a second saved (B, T, C) a layer."""
         if tile is None:
@@ -340,8 +344,10 @@ class Qwen2(nn.Module):
         B, T = input_ids.shape
         if document_lengths is not None:
             assert B == 1 and sum(document_lengths) == T, f"lengths {document_lengths} do not fill a row of {(B, T)}"
+        document_lengths = document_lengths or [T]
         if position_ids is None:
-            position_ids = torch.cat([torch.arange(n) for n in document_lengths or [T]])[None].to(input_ids.device)
+            position_ids = torch.cat([torch.arange(n) for n in document_lengths])[None].to(input_ids.device)
+        document_lengths = torch.tensor(document_lengths, device="cpu")  # a tensor, as torch.compile would guard a list's length
         x = self.model.embed_tokens(input_ids)  # (B, T, C)
         cos, sin = rotary_embedding(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         with self.boundaries():
@@ -376,11 +382,9 @@ class Qwen2(nn.Module):
         """Writes config.json and safetensors, in the parameters' dtype unless one is given. Under FSDP every rank must
         call it; rank 0 writes."""
         dtype = dtype or next(self.parameters()).dtype
-        if global_rank() == 0:
-            Path(model_dir).mkdir(parents=True, exist_ok=True)
+        together(lambda: Path(model_dir).mkdir(parents=True, exist_ok=True))
         save_weights(self, model_dir, dtype, max_shard_bytes)
-        if global_rank() == 0:
-            self.config.save(model_dir, dtype)
+        together(lambda: self.config.save(model_dir, dtype))
 
 
 # ---------------------------------------------------------------------------------------------- weights on the disk
@@ -418,10 +422,9 @@ def weight_files(model_dir):
     index, single = model_dir / "model.safetensors.index.json", model_dir / "model.safetensors"
     if index.is_file():
         try:
-            names = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            return {name: model_dir / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not an index of weights ({error!r}): download it again") from None
-        return {name: model_dir / file for name, file in names.items()}
     with open_safetensors(single) as file:
         return {name: single for name in file.keys()}
 
@@ -496,9 +499,7 @@ def save_weights(model, model_dir, dtype, max_shard_bytes=SHARD_BYTES):
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             yield tensor.contiguous().cpu().view(torch.uint8).numpy()
 
-    for name, shard in zip(names, shards):
-        together(write_durably, model_dir / name, pieces(shard))
-    if global_rank() == 0:
+    def finish():
         stale = {*model_dir.glob("model*.safetensors"), *model_dir.glob("model.safetensors.index.json")}
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(size.values())},
@@ -507,6 +508,11 @@ def save_weights(model, model_dir, dtype, max_shard_bytes=SHARD_BYTES):
             stale.discard(model_dir / "model.safetensors.index.json")
         for path in stale - {model_dir / name for name in names}:  # of an earlier save with other shards
             path.unlink()
+
+    for name, shard in zip(names, shards):
+        gathered = pieces(shard)
+        together(lambda: write_durably(model_dir / name, gathered), gathered)
+    together(finish)
 
 
 def write_durably(path, pieces):
@@ -534,15 +540,16 @@ def sync_folder(path):
         os.close(descriptor)
 
 
-def together(write, path, pieces):
-    """Every rank consumes `pieces`, which gather tensors, and rank 0 writes them; its failure is raised on all ranks."""
+def together(write, gathered=()):
+    """write() on rank 0; its failure is raised on every rank. `gathered`, whose items are tensors collected from all
+    ranks and which write() consumes, is run through on the others, and to its end where writing failed."""
     error = None
     if global_rank() == 0:
         try:
-            write(path, pieces)
+            write()
         except OSError as caught:
             error = caught
-    for _ in pieces:  # the other ranks, and what a failed write left over
+    for _ in gathered:
         pass
     if dist.is_initialized():
         errors = [error]

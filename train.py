@@ -45,13 +45,13 @@ from tqdm import tqdm
 import data
 from model import BUILTIN, LOSS_CHUNK, MLP_TILE, Qwen2, Qwen2Config, init_weights, load_weights, sync_folder, write_durably
 
-BUILTIN_DEFAULTS = dict(data=["builtin:worked:40000"], num_train_epochs=1, max_steps=400, learning_rate=2e-3, max_seq_len=2048,
+BUILTIN_DEFAULTS = dict(data=["builtin:worked:40000"], num_train_epochs=1, max_steps=400, learning_rate=2e-3,
                         dtype="float32", system="none", save_steps=100)
 # Dense bf16 TFLOP/s of NVIDIA's data sheets, by what the device's name contains.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H20": 148, "GH200": 989, "B200": 2250, "A100": 312, "A800": 312,
                "L40S": 362, "L40": 181, "A10G": 70, "A10": 125, "4090": 165, "3090": 71, "5090": 210}
-# In the order of preference. Flash needs no plan for each new document length, as cuDNN does.
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# In the order of preference: none of them holds T x T scores. Flash needs no plan for each document length, as cuDNN does.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
 # What of memory a choice of recompute and offload is allowed to fill; the rest is the allocator's and the libraries'.
 MEMORY_SHARE = {"cuda": 0.88, "cpu": 0.5}
@@ -62,8 +62,11 @@ MEMORY_SHARE = {"cuda": 0.88, "cpu": 0.5}
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description="Fine-tunes a Qwen2. The defaults are the recipe of Sky-T1-32B-Preview; builtin:tiny has its own: "
-        + ", ".join(f"{k} {v}" for k, v in BUILTIN_DEFAULTS.items()), formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+        + ", ".join(f"{k} {v}" for k, v in BUILTIN_DEFAULTS.items()))
+
+    def add(name, help, **options):
+        shown = "" if options.get("default") is None else f" (default: {options['default']})"
+        parser.add_argument(name, help=help + shown, **options)
     add("--model", default="builtin:tiny", help="folder in Hugging Face layout, hub name, or builtin:tiny")
     add("--data", nargs="+", default=["NovaSky-AI/Sky-T1_data_17k"], help="files, hub data sets, builtin:worked, builtin:bare")
     add("--eval_data", nargs="+", help="held-out rows: their loss is measured at each save")
@@ -75,7 +78,8 @@ def parse_arguments():
     add("--learning_rate", type=float, default=1e-5, help="its peak")
     add("--warmup_ratio", type=float, default=0.1, help="share of the steps in which it rises; then a cosine to 0")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    add("--max_seq_len", type=int, default=16384, help="tokens of a packed row; longer examples are dropped and counted")
+    add("--max_seq_len", type=int, help=f"tokens of a packed row; longer examples are dropped and counted (default: "
+        f"{data.MAX_SEQ_LEN}, or the model's positions if fewer)")
     add("--as_published", action="store_true", help="the original's data: duplicates kept, long rows truncated, <|endoftext|>")
     add("--end_token", help="end of an assistant's turn (default: the chat template's)")
     add("--system", default="skyt1", help="system prompt of kept samples: skyt1, qwq, none, or a text")
@@ -98,10 +102,11 @@ def parse_arguments():
     args = parser.parse_args()
     for name in ("num_train_epochs", "batch_size", "max_seq_len", "save_steps", "keep_checkpoints", "learning_rate",
                  "max_grad_norm"):
-        if not 0 < getattr(args, name) < math.inf:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"--{name} {getattr(args, name)}: must be above 0")
-    if not 0 <= args.warmup_ratio <= 1 or args.max_steps < 0:
-        raise ValueError(f"--warmup_ratio {args.warmup_ratio} must be 0 to 1, --max_steps {args.max_steps} at least 0")
+    if not 0 <= args.warmup_ratio <= 1 or args.max_steps < 0 or args.shard_size < 0:
+        raise ValueError(f"--warmup_ratio {args.warmup_ratio} must be 0 to 1, --max_steps {args.max_steps} and --shard_size "
+                         f"{args.shard_size} at least 0")
     if args.resume and not args.out:
         raise ValueError("--resume continues the run of a folder: name it with --out")
     if args.offload == "activations" and args.recompute == "none":
@@ -119,7 +124,10 @@ def start_processes(deterministic):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     on_gpu = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank, local_world_size = (int(os.environ.get(name, n)) for name, n in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    if on_gpu and local_world_size > torch.cuda.device_count():
+        raise ValueError(f"{local_world_size} processes, but {torch.cuda.device_count()} GPUs here: lower --nproc_per_node, or "
+                         "set CUDA_VISIBLE_DEVICES= to use the CPU")
     if on_gpu:
         torch.cuda.set_device(local_rank)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -159,8 +167,9 @@ def from_rank_0(function, *args):
 
 # ------------------------------------------------------------------------------------------- model, memory, optimizer
 
-def memory_estimate(config, max_seq_len, num_ranks, recompute, offload):
+def memory_estimate(config, max_seq_len, num_ranks, recompute, offload, width=2):
     """Bytes a rank needs at its peak, by what they are for: a packed row of max_seq_len tokens, gradients accumulated.
+    `width` is the bytes of a number in matrix products.
 
     Per token a block saves about 5 I + 8 C numbers for its backward pass, which needs two fifths more while it works.
     Blocks and loss are never at work together: the larger one counts.
@@ -169,12 +178,13 @@ def memory_estimate(config, max_seq_len, num_ranks, recompute, offload):
     T, embedding = max_seq_len, config.vocab_size * C
     block = (config.matmul_parameters - embedding) // L
     parameters = L * block + embedding * (1 if config.tie_word_embeddings else 2)
-    mlp, attention = 2 * (5 * I + 3 * C), 2 * 5 * C  # bytes a token, bf16
-    kept = {"none": L * T * (mlp + attention), "block": L * T * 2 * C, "tiled": L * T * 4 * C}[recompute]
+    mlp, attention = width * (5 * I + 3 * C), width * 5 * C  # bytes a token
+    kept = L * T * {"none": mlp + attention, "block": width * C, "tiled": 2 * width * C}[recompute]
     work = {"none": 0.4 * T * (mlp + attention), "block": 1.4 * T * (mlp + attention),
             "tiled": 1.4 * max(min(T, MLP_TILE) * mlp, T * attention)}[recompute]
-    gathered = (3 * 2 + 4) * block  # this block, the next, the one before; and a gradient in fp32
-    loss = 6 * LOSS_CHUNK["cuda"] + 8 * embedding + 6 * T * C  # logits; weight, its gradient in fp32 and bf16; hidden states
+    gathered = (3 * width + 4) * block  # this block, the next, the one before; and a gradient in fp32
+    # logits; the weight, its gradient in fp32 and as it is handed on; hidden states
+    loss = (4 + width) * LOSS_CHUNK["cuda"] + (4 + 2 * width) * embedding + 3 * width * T * C
     return {
         "weights, gradients, moments": 0 if offload == "parameters" else 16 * parameters / num_ranks,
         "saved activations": 0 if recompute != "none" and offload != "none" else kept,
@@ -190,7 +200,8 @@ def choose_memory(config, args, num_ranks, available, device_type="cuda"):
     choices = [(r, o) for r, o in choices if args.recompute in ("auto", r) and args.offload in ("auto", o)]
     choices = choices or [(args.recompute.replace("auto", "tiled"), args.offload)]  # a pair that only a user asks for
     for recompute, offload in choices:
-        if sum(memory_estimate(config, args.max_seq_len, num_ranks, recompute, offload).values()) < available:
+        width = 2 if args.dtype == "bfloat16" else 4
+        if sum(memory_estimate(config, args.max_seq_len, num_ranks, recompute, offload, width).values()) < available:
             break
     return recompute, offload
 
@@ -230,8 +241,8 @@ def build_model(args, config, mesh, device, memory):
     keep_gathered = mesh.size() > 1 and args.offload == "none" and 6 * num_parameters < 0.1 * memory
     model.recompute, model.offload = args.recompute, args.offload != "none" and args.recompute != "none"
     if args.compile:
-        for block in model.model.layers:
-            block.compile(dynamic=True)
+        for block in model.model.layers:  # its halves, as "tiled" recomputes them one by one
+            block.attend, block.transform = (torch.compile(half, dynamic=True) for half in (block.attend, block.transform))
     shard(model, mesh, getattr(torch, args.dtype), not keep_gathered, args.offload == "parameters")
     model.to_empty(device="cpu" if args.offload == "parameters" else device)
     return model, keep_gathered
@@ -264,7 +275,7 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep):
 
     Raises OSError on every rank if one cannot write; what was there before stays."""
     path, aside = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
-    from_rank_0(shutil.rmtree, aside, True)  # of an earlier attempt: half-replaced files would look whole
+    from_rank_0(clear_unfinished, folder)
     try:
         dcp.save(training_state(model, optimizer), checkpoint_id=aside)
     except dcp.api.CheckpointException as error:
@@ -278,8 +289,15 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep):
         os.rename(aside, path)
         sync_folder(folder)
         for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            os.rename(old, old.with_suffix(".tmp"))  # killed half-way through, it must not look whole
+        clear_unfinished(folder)
     from_rank_0(publish)
+
+
+def clear_unfinished(folder):
+    """Removes what a kill left of saves and removals; a save into such a folder would mix old files with new."""
+    for path in folder.glob("step-*.tmp"):
+        shutil.rmtree(path)
 
 
 def checkpoints(folder):
@@ -289,13 +307,13 @@ def checkpoints(folder):
 
 def load_checkpoint(path, model, optimizer, settings):
     """Fills weights and moments, on any number of ranks. Returns the step; ValueError for a broken or foreign one."""
+    tensors = training_state(model, optimizer)
     try:
         state = json.loads((path / "state.json").read_text())
         if state["settings"] != settings:
             raise ValueError("its settings are another run's")
-        dcp.load(training_state(model, optimizer), checkpoint_id=path)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError,
-            dcp.api.CheckpointException) as error:
+        dcp.load(tensors, checkpoint_id=path)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
         reason = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
         raise ValueError(f"{path} is broken or of another model ({type(reason).__name__}: {str(reason)[:200]}): "
                          "remove it to continue from an older one") from None
@@ -323,41 +341,54 @@ def fingerprint(model_dir):
     digest = hashlib.sha256()
     digest.update((Path(model_dir) / "config.json").read_bytes())
     for path in sorted(Path(model_dir).glob("*.safetensors")):
+        size = path.stat().st_size
         with open(path, "rb") as file:
-            digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
+            digest.update(file.read(min(size, int.from_bytes(file.read(8), "little"))))
+        digest.update(f"{path.name} {size}".encode())
     return digest.hexdigest()[:32]
 
 
-def open_folder(args, settings):
-    """Makes, or checks, the output folder: another run's is refused, as are changed settings. Returns its path."""
-    name = args.out
-    if name is None:
+def check_folder(args, settings):
+    """The name of the output folder. Another run's is refused, and so are settings that a resumed run did not begin with."""
+    if args.out is None:
         stem, number = Path(args.model.split(":")[-1]).name, 1
         while (Path("out") / f"{stem}-{number}").exists():
             number += 1
-        name = f"out/{stem}-{number}"
-    out = Path(name)
-    if out.is_file():
+        return f"out/{stem}-{number}"
+    out, file = Path(args.out), Path(args.out) / "settings.json"
+    if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file")
-    file = out / "settings.json"
-    if out.exists() and any(p.name != "settings.json.tmp" for p in out.iterdir()):  # a run killed while it began
-        if not file.exists():
-            raise ValueError(f"--out {out} is not empty and holds no run of train.py: choose another folder")
-        if not args.resume:
-            raise ValueError(f"--out {out} holds another run: choose another folder, or continue it with --resume")
-        try:
-            before = json.loads(file.read_text())
-        except ValueError:
-            raise ValueError(f"{file} is broken: this run cannot be resumed") from None
+    if not out.exists() or all(p.name == "settings.json.tmp" for p in out.iterdir()):  # the latter: killed as it began
+        return args.out
+    if not file.exists():
+        raise ValueError(f"--out {out} is not empty and holds no run of train.py: choose another folder")
+    if not args.resume:
+        raise ValueError(f"--out {out} holds another run: choose another folder, or continue it with --resume")
+    try:
+        before = json.loads(file.read_text())
         changed = [f"{k} (was {before.get(k)}, is {v})" for k, v in settings.items() if before.get(k) != v]
-        if changed:
-            raise ValueError(f"--resume continues {out} with the settings it was started with; changed: {', '.join(changed)}")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_durably(file, [json.dumps(settings, indent=2).encode()])
+    except (ValueError, AttributeError):
+        raise ValueError(f"{file} is broken: this run cannot be resumed") from None
+    if changed:
+        raise ValueError(f"--resume continues {out} with the settings it was started with; changed: {', '.join(changed)}")
+    return args.out
+
+
+def make_folder(out, settings):
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "settings.json").exists():
+        write_durably(out / "settings.json", [json.dumps(settings, indent=2).encode()])
     (out / "checkpoints").mkdir(exist_ok=True)
-    return str(out)
+
+
+def same_everywhere(settings):
+    """ValueError where processes, on several nodes perhaps, see another model or other data."""
+    seen = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, settings)
+    for rank, other in enumerate(seen):
+        if other != seen[0]:
+            keys = [k for k in settings if other[k] != seen[0][k]]
+            raise ValueError(f"rank {rank} sees another {', '.join(keys)} than rank 0: give every node the same files")
 
 
 class Log:
@@ -370,6 +401,8 @@ class Log:
             with contextlib.suppress(ValueError):  # the torn last line of a killed run
                 self.lines.append(json.loads(text))
         self.lines = [line for line in self.lines if line["step"] < step]
+        if [line["step"] for line in self.lines] != list(range(step)):
+            raise ValueError(f"{self.path} lacks steps before {step}, where the checkpoint continues: restore it")
         write_durably(self.path, [json.dumps(line).encode() + b"\n" for line in self.lines])
         self.file = open(self.path, "a")
         self.bar = tqdm(total=num_steps, initial=step, desc="training", unit="step")
@@ -442,21 +475,25 @@ def check_disk(out, num_parameters, keep, dtype):
               f"{export / 1e9:.1f} GB), the disk has {free / 1e9:.1f} GB free: lower --keep_checkpoints", file=sys.stderr)
 
 
-def export(out, model, model_dir, tokenizer, args):
-    """Writes the Hugging Face folder: weights, configuration, tokenizer, and a generation_config that stops on the end
-    token. Collective."""
-    end_token_id = tokenizer.token_id(args.end_token or tokenizer.end_token)
-    model.config = dataclasses.replace(model.config, eos_token_id=end_token_id)
-    model.save_pretrained(out, dtype=getattr(torch, args.dtype))
+def generation_config(model_dir, end_token_id, pad_token_id):
+    """The model's generation_config.json (if it has one), changed to stop on the end token."""
+    path = Path(model_dir) / "generation_config.json"
+    try:
+        generation = json.loads(path.read_text()) if path.is_file() else {}
+        before = generation.get("eos_token_id") or []
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is broken ({error}): download it again, or remove it") from None
+    before = before if isinstance(before, list) else [before]
+    generation["eos_token_id"] = [end_token_id] + [i for i in before if i != end_token_id]
+    return generation if pad_token_id is None else {**generation, "pad_token_id": pad_token_id}
+
+
+def export(out, model, tokenizer, generation, dtype):
+    """Writes the Hugging Face folder: weights, configuration, tokenizer, generation_config. Collective."""
+    model.config = dataclasses.replace(model.config, eos_token_id=generation["eos_token_id"][0])
+    model.save_pretrained(out, dtype=dtype)
 
     def small_files():
-        source = Path(model_dir) / "generation_config.json"
-        generation = json.loads(source.read_text()) if source.is_file() else {}
-        before = generation.get("eos_token_id") or []
-        before = before if isinstance(before, list) else [before]
-        generation["eos_token_id"] = [end_token_id] + [i for i in before if i != end_token_id]
-        if tokenizer.pad_token_id is not None:
-            generation["pad_token_id"] = tokenizer.pad_token_id
         tokenizer.save(out)
         write_durably(out / "generation_config.json", [json.dumps(generation, indent=2).encode() + b"\n"])
     from_rank_0(small_files)
@@ -512,14 +549,9 @@ def forward_backward(model, rows, packed, scale, device, keep_gathered=False):
                 model.set_reshard_after_backward(micro_step == len(packed) - 1)
             input_ids, targets, lengths = data.assemble(rows, documents)
             input_ids, targets = (torch.from_numpy(t).to(device, non_blocking=True) for t in (input_ids, targets))
-            try:
-                loss = model(input_ids, targets, lengths)
-                if torch.is_grad_enabled():
-                    (loss * scale).backward()
-            except torch.OutOfMemoryError:  # on this rank alone, perhaps: no other would hear of an exception
-                print(f"error: out of GPU memory on a row of {sum(lengths)} tokens: try --recompute tiled --offload "
-                      "activations, --offload parameters, or a lower --max_seq_len", file=sys.stderr, flush=True)
-                os._exit(2)
+            loss = model(input_ids, targets, lengths)
+            if torch.is_grad_enabled():
+                (loss * scale).backward()
             losses.append(loss.detach())
             if device.type == "cpu" and MALLOC_TRIM is not None:
                 MALLOC_TRIM(0)  # gives back what glibc keeps of freed tensors: half a GiB for a model of 135M
@@ -557,16 +589,12 @@ def refuse_step(step, rows, mine, losses, grad_norm):
     dist.all_gather_object(gathered, names)
     names = [name for several in gathered for name in several]
     where = f"on rows {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else f"(gradient norm {grad_norm})"
-    raise ValueError(f"the loss is not finite at step {step} {where}: the step is not taken; look at these rows, or lower "
-                     "--learning_rate, and --resume")
+    raise ValueError(f"the loss is not finite at step {step} {where}: the step is not taken; mend these rows or lower "
+                     "--learning_rate, and begin a run with another --out")
 
 
 def load_data(args, config, tokenizer):
     """The rows to train on and the held-out ones (or None), checked against the model."""
-    if args.max_seq_len > config.max_position_embeddings:
-        raise ValueError(f"--max_seq_len {args.max_seq_len} is beyond the {config.max_position_embeddings} positions of "
-                         f"{args.model}: lower it")
-    tokenizer.token_id(args.end_token or tokenizer.end_token)  # it must be one token
     loaded = []
     for names in (args.data, args.eval_data):
         rows = names and data.load_rows(names, tokenizer, args.max_seq_len, args.end_token, args.system, args.as_published,
@@ -619,7 +647,7 @@ def show_held_out(out, tokenizer, count=64, shown=4):
     model = Qwen2.from_pretrained(out)
     problems = list(data.builtin_problems("heldout", count))
     messages = [[{"role": "user", "content": p["prompt"]}] for p in problems]
-    prompts = [tokenizer.encode(data.render_chat(m, add_generation_prompt=True, template=tokenizer.template)) for m in messages]
+    prompts = [tokenizer.encode(tokenizer.render(m, add_generation_prompt=True)) for m in messages]
     answers = [tokenizer.decode(ids) for ids in greedy(model, prompts, 80, tokenizer.token_id(tokenizer.end_token))]
     right = [answer.endswith(f"\\boxed{{{p['answer']}}}") for p, answer in zip(problems, answers)]
     for problem, answer, is_right in list(zip(problems, answers, right))[:shown]:
@@ -642,8 +670,18 @@ def main():
     # 2. input: what a user can get wrong is refused here, before anything is created
     model_dir = node_by_node(data.find_model, args.model)
     config, tokenizer = agreed(Qwen2Config.from_pretrained, model_dir), agreed(data.load_tokenizer, model_dir)
+    data.check_against_model(args, config, tokenizer)
     rows, eval_rows = node_by_node(load_data, args, config, tokenizer)
     settings = agreed(run_settings, args, model_dir, rows)
+    same_everywhere(settings)
+    args.out = from_rank_0(check_folder, args, settings)
+    out = Path(args.out)
+    newest, is_finished = from_rank_0(lambda: (checkpoints(out / "checkpoints")[-1:], (out / "run.json").exists()))
+    if is_finished:
+        say(f"{out} is finished: nothing to do")
+        return
+    generation = agreed(generation_config, model_dir, tokenizer.token_id(args.end_token or tokenizer.end_token),
+                        tokenizer.pad_token_id)
     num_steps = args.max_steps or args.num_train_epochs * -(-len(rows) // args.batch_size)
     warmup_steps = math.ceil(args.warmup_ratio * num_steps)
 
@@ -652,18 +690,13 @@ def main():
     args.recompute, args.offload = choose_memory(config, args, shard_size, memory, device.type)
     model, keep_gathered = build_model(args, config, mesh, device, memory)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
-    newest = from_rank_0(checkpoints, Path(args.out) / "checkpoints")[-1:] if args.resume else []
     if model_dir in BUILTIN:
         init_weights(model, args.seed)
     elif not newest:
         agreed(load_weights, model, model_dir)
 
     # 4. output folder, resume
-    args.out = from_rank_0(open_folder, args, settings)
-    out = Path(args.out)
-    if (out / "run.json").exists():
-        say(f"{out} is finished: nothing to do")
-        return
+    from_rank_0(make_folder, out, settings)
     step = agreed(load_checkpoint, newest[0], model, optimizer, settings) if newest else 0
     if args.resume:
         say(f"resuming {out} at step {step}" if newest else f"{out} has no checkpoint yet: starting from the beginning")
@@ -713,18 +746,27 @@ def main():
     if step < num_steps:
         say(f"interrupted: step {step} of {num_steps} is saved; continue with --out {out} --resume")
         return
-    export(out, model, model_dir, tokenizer, args)
+    export(out, model, tokenizer, generation, getattr(torch, args.dtype))
     if rank == 0:
         draw_loss(out / "loss.svg", [line["loss"] for line in log.lines])
         write_run(out, args, settings, rows, config, log)
         print(f"finished: {out} is a Hugging Face folder; its loss curve is {out}/loss.svg")
         if model_dir in BUILTIN:
             show_held_out(out, tokenizer)
-            print(f"\nnext: python data.py builtin:worked --model {out}   (what it was trained on)\n"
+            print(f"\nnext: python data.py builtin:worked:40000 --model {out} (what it was trained on)\n"
                   f"      torchrun --nproc_per_node=2 train.py --model DIR --data rows.jsonl   (a model and rows of your own)")
 
 
+def one_line_out_of_memory():
+    try:
+        main()
+    except torch.OutOfMemoryError:  # perhaps on this rank alone, so that no other would hear of an exception
+        print("error: out of GPU memory: try --recompute tiled --offload activations, --offload parameters, more GPUs, or a lower "
+              "--max_seq_len", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
 if __name__ == "__main__":
-    data.one_line_errors(main)
+    data.one_line_errors(one_line_out_of_memory)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,8 +1,12 @@
 """data.py: the exact strings and masks, what is read and refused, what packing must not leak."""
 import gzip
+import io
 import json
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,6 +95,29 @@ def test_a_folder_with_another_template_is_rendered_from_it(tmp_path):
     assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == ASSISTANT["content"] + "<|endoftext|>"
 
 
+def test_a_templates_begin_and_end_tokens_are_the_folders_own(tmp_path):
+    """As DeepSeek-R1-Distill's: it begins with bos, ends answers with eos, and opens the thought itself."""
+    builtin_tokenizer().save(tmp_path)
+    config = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }}{% else %}A:{{ m.content }}{{ eos_token }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}A:<think>\n{% endif %}")
+    tokenizer = load_tokenizer(tmp_path)
+    ids, mask = encode_conversation(tokenizer, [USER, {"role": "assistant", "content": "<think>\nhm</think>yes"}])
+    assert tokenizer.decode(ids) == f"<|im_start|>U:{USER['content']}A:<think>\nhm</think>yes<|endoftext|>"
+    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "hm</think>yes<|endoftext|>"
+
+
+@pytest.mark.parametrize("template, says", [("{% for m in %}", "the chat template fails"), ("{{ nothing.x }}", "the chat template fails"),
+                                            ("{% for m in messages %}{{ m.content }}{% endfor %}", "add_generation_prompt")])
+def test_a_template_that_cannot_work_is_refused(template, says):
+    tokenizer = builtin_tokenizer()
+    tokenizer.template = template
+    with pytest.raises(ValueError, match=says):
+        encode_conversation(tokenizer, [USER, ASSISTANT])
+
+
 def test_a_template_that_rewrites_earlier_turns_takes_single_answers_only(tmp_path):
     """As that of DeepSeek-R1-Distill, which drops the thoughts of earlier turns."""
     tokenizer = builtin_tokenizer()
@@ -139,7 +166,7 @@ EXPECTED = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}
 
 @pytest.mark.parametrize("row", [
     SHAREGPT, {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
-    {"messages": EXPECTED, "id": 3}, {"kind": None, "prompt": "u", "response": "a"}])
+    {"messages": EXPECTED, "id": 3}, {"system": "s", "messages": EXPECTED[1:]}, {"kind": None, "prompt": "u", "response": "a"}])
 def test_all_row_layouts_give_the_same_messages(row):
     assert to_messages(row, system="s") == EXPECTED
 
@@ -176,6 +203,18 @@ BROKEN = {
     "broken": (lines(SHAREGPT, SHAREGPT, '{"conversations": ['), "a.jsonl:3: broken JSON"),
     "truncated array": (json.dumps([SHAREGPT, SHAREGPT], indent=1).encode()[:-5], "a.jsonl:\\d+: broken JSON"),
     "cut after a row": (b"[" + lines(SHAREGPT), "a.jsonl:1: broken JSON"),
+    "two arrays": (b"[" + lines(SHAREGPT) + b"]\n[" + lines(SHAREGPT) + b"]", "a.jsonl:2: broken JSON .* after the array"),
+    "trailing comma": (b"[" + lines(SHAREGPT) + b",\n]", "a.jsonl:2: broken JSON"),
+    "no comma": (b"[" + lines(SHAREGPT, SHAREGPT) + b"]", "a.jsonl:2: broken JSON"),
+    "array not UTF-8": (b"[" + lines(SHAREGPT) + b",\n\"\xff\"]", "a.jsonl:2: not UTF-8"),
+    "long number": (b'{"a": ' + b"1" * 5000 + b"}", "a.jsonl:1: broken JSON"),
+    "half a character": (lines({"messages": [{"role": "user", "content": "\ud83d"}]}), "a.jsonl:1: .*half a character"),
+    "role list": (lines({"messages": [{"role": ["user"], "content": "x"}]}), r"a.jsonl:1: unknown role \['user'\]"),
+    "system": (lines({**SHAREGPT, "system": 5}), "a.jsonl:1: `content` of a system turn is not a string"),
+    "assistant first": (lines({"messages": EXPECTED[2:] + EXPECTED[1:]}), "a.jsonl:1: no user turn before the first assistant"),
+    "kind": (lines({"kind": [], "prompt": "p", "response": "r"}), r"a.jsonl:1: unknown kind \[\]"),
+    "tests": (lines({"kind": "code", "tests": [1], "prompt": "p", "response": "r"}), "a.jsonl:1: `tests` must be"),
+    "not passed": (lines({"prompt": "p", "response": "r", "passed": False}), "a.jsonl:1: a sample that did not pass"),
     "nested": (b"[" * 100_000, "a.jsonl:1: broken JSON"),
     "no object": (lines(SHAREGPT, [1]), "a.jsonl:2: a row must be an object"),
     "no assistant": (lines(SHAREGPT, {"messages": EXPECTED[:2]}), "a.jsonl:2: no assistant turn"),
@@ -215,6 +254,36 @@ def test_a_hub_data_set_in_the_offline_cache_is_found(tmp_path, monkeypatch):
         (folder / "snapshots" / "c0ffee" / f"{split}.jsonl").write_bytes(lines(SHAREGPT))
     snapshot = data.find_data("owner/name")
     assert [path.name for path in snapshot] == ["train.jsonl"]
+
+
+def test_array_rows_do_not_depend_on_where_blocks_end(tmp_path):
+    rows = [{"n": i, "text": "ä🙂\\\"]," * (i % 5)} for i in range(50)]
+    text = json.dumps(rows, indent=1, ensure_ascii=False)
+    for block in (1, 2, 3, 7, 50, 10 ** 6):
+        numbered = list(data.array_rows("a", io.StringIO(text), block))
+        assert [row for row, _ in numbered] == rows
+        assert all(text.splitlines()[line - 1].strip() == "{" for _, line in numbered)
+
+
+def test_csv_rows_and_their_errors(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,response\n"two\nlines",x\n')
+    assert list(read_rows(path)) == [({"prompt": "two\nlines", "response": "x"}, 3)]
+    path.write_text("prompt,response\na,b,c\n")
+    with pytest.raises(ValueError, match="a.csv:2: 2 columns in the header"):
+        list(read_rows(path))
+    path.write_bytes(b"prompt,response\n\xff,b\n")
+    with pytest.raises(ValueError, match="a.csv:.*not UTF-8"):
+        list(read_rows(path))
+
+
+def test_a_folder_is_read_by_its_train_split_if_it_has_one(tmp_path):
+    for name in ("math.jsonl", "constraints.jsonl"):
+        (tmp_path / name).write_text("{}")
+    assert [p.name for p in data.find_data(tmp_path)] == ["constraints.jsonl", "math.jsonl"]
+    for name in ("train-00.jsonl", "test-00.jsonl"):
+        (tmp_path / name).write_text("{}")
+    assert [p.name for p in data.find_data(tmp_path)] == ["train-00.jsonl"]
 
 
 # ------------------------------------------------------------------------------------------------------- token cache
@@ -262,14 +331,35 @@ def test_the_cache_is_used_and_keyed_by_content_and_settings(tmp_path, monkeypat
     assert len(list(cache.iterdir())) == 3
 
 
-def test_a_kill_while_tokenising_leaves_no_half_cache(tmp_path, monkeypatch):
+def test_an_interrupt_while_tokenising_leaves_nothing(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(answer("one")))
     monkeypatch.setattr(data.np, "save", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         load(path, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
     monkeypatch.undo()
     assert load(path, tmp_path / "cache").counts["kept"] == 1
+
+
+@pytest.mark.parametrize("name, content", [("tokens.bin", b""), ("tokens.bin", b"12345"), ("mask.bin", b"\1"), ("rows.npy", b"")])
+def test_a_damaged_cache_is_refused_by_name(tmp_path, name, content):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(answer("one")))
+    load(path, tmp_path / "cache")
+    folder, = (tmp_path / "cache").iterdir()
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{folder.name} is damaged .*: remove that folder"):
+        load(path, tmp_path / "cache")
+
+
+def test_processes_that_tokenise_at_once_share_one_cache(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(*(answer(f"number {i}") for i in range(3000))))
+    command = [sys.executable, ROOT / "data.py", path, "--model", "builtin:tiny", "--max_seq_len", "200", "--cache", tmp_path / "cache"]
+    processes = [subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(3)]
+    outputs = {process.communicate()[0] for process in processes}
+    assert len(outputs) == 1 and b"kept: 3,000" in outputs.pop() and len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_cached_rows_equal_encode_conversation(qwen, tmp_path):
@@ -310,8 +400,9 @@ QWEN_32B = Qwen2Config(vocab_size=152064, hidden_size=5120, intermediate_size=27
                        num_attention_heads=40, num_key_value_heads=8)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_packing_keeps_every_document_fits_and_balances(ranks):
+    """Batches of 96 like the published rows, costs of the 32B model."""
     rng, excess = np.random.default_rng(0), []
     for _ in range(20):
         lengths = sky_lengths(rng)
@@ -320,7 +411,8 @@ def test_packing_keeps_every_document_fits_and_balances(ranks):
         assert sorted(i for rows in packed for row in rows for i in row) == list(range(96))
         assert all(len(rows) == ranks for rows in packed)
         assert max(sum(lengths[i] for i in row) for rows in packed for row in rows) <= 16384
-        assert len(packed) <= -(-(lengths.sum() // 16384 + 4) // ranks) + 1  # few micro-steps
+        longest_first = np.argsort(-lengths)
+        assert len(packed) == -(-(data.best_fit(longest_first, lengths, 16384).max() + 1) // ranks)
         excess.append(imbalance(packed, costs))
     assert max(excess) < 1.05
 
@@ -328,6 +420,8 @@ def test_packing_keeps_every_document_fits_and_balances(ranks):
 @pytest.mark.parametrize("lengths, ranks", [([5], 4), ([16, 16, 16], 2), ([1] * 50, 3), ([9, 9, 9, 9, 7, 7, 7, 7], 2), ([16], 1)])
 def test_packing_of_odd_batches(lengths, ranks):
     packed = pack(lengths, lengths, 16, ranks)
+    rows_needed = {1: 1, 4: 1, 3: 4, 2: 3 if len(lengths) == 3 else 4}[ranks]
+    assert len(packed) == -(-rows_needed // ranks)
     assert sorted(i for rows in packed for row in rows for i in row) == list(range(len(lengths)))
     assert all(len(rows) == ranks and all(sum(lengths[i] for i in row) <= 16 for row in rows) for rows in packed)
 
@@ -365,27 +459,35 @@ def test_the_command_shows_counts_lengths_packing_and_one_row(model_dir, rows_fi
 
 @pytest.mark.parametrize("arguments, says", [
     (["missing.jsonl", "--model", "builtin:tiny"], "missing.jsonl does not exist"),
+    (["broken", "--model", "builtin:tiny", "--max_seq_len", "100"], "broken:1: broken JSON"),
+    (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "16384"], "--max_seq_len 16384 is beyond the 2048 positions"),
+    (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "100", "--end_token", "ZZ"], "no token 'ZZ'"),
+    (["builtin:worked:10", "--model", "builtin:tiny", "--batch_size", "0"], "--batch_size 0: must be above 0"),
     (["builtin:worked:10", "--model", "./nowhere"], "./nowhere does not exist"),
-    (["builtin:worked:10", "--model", "builtin:tiny", "--row", "99"], "the rows kept are 0 to 9"),
+    (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "100", "--row", "99"], "the rows kept are 0 to 9"),
     (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "5"], "no row left to train on")])
-def test_the_command_refuses_bad_input_in_one_line(arguments, says, tmp_path):
+def test_the_command_refuses_bad_input_in_one_line(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("broken").write_text("{")
     done = run_script(ROOT / "data.py", *arguments, "--cache", tmp_path, check=False)
-    assert done.returncode == 2 and says in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: ") and says in last and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
 def test_seventeen_thousand_rows_take_neither_minutes_nor_gigabytes_twice(qwen, tmp_path):
-    """17,000 rows of 16 KB: the second start reads the cache alone."""
-    text = " ".join(r["solution"] for r, _ in read_rows(shared_file("problems/math500.jsonl")))
-    with open(tmp_path / "a.jsonl", "w") as file:
+    """17,000 rows of 16 KB in one array, as the published file is: the second start reads the cache alone."""
+    text = "🙂" + " ".join(r["solution"] for r, _ in read_rows(shared_file("problems/math500.jsonl")))
+    with open(tmp_path / "a.json", "w") as file:
         for i in range(17_000):
             start = i * 97 % (len(text) - 16_000)
-            file.write(json.dumps(answer(text[start:start + 16_000])) + "\n")
+            file.write(",[\n"[i == 0:2 - (i > 0)] + json.dumps(answer(text[start:start + 16_000]), ensure_ascii=False))
+        file.write("]")
     os.symlink(qwen.folder / "tokenizer.json", tmp_path / "tokenizer.json")
     small_config(vocab_size=151936).save(tmp_path, torch.float32)
     command = ["-c", f"import sys, resource; sys.path.insert(0, {str(ROOT)!r}); import data; data.one_line_errors(data.main); "
-               "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)", tmp_path / "a.jsonl", "--model",
-               tmp_path, "--cache", tmp_path / "cache"]
+               "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)", tmp_path / "a.json", "--model",
+               tmp_path, "--max_seq_len", 512, "--as_published", "--cache", tmp_path / "cache"]
     peaks, seconds = [], []
     for _ in range(2):
         start = time.perf_counter()

@@ -119,13 +119,13 @@ def test_packed_attention_equals_the_masked_softmax(kv_heads):
     scores = q.double() @ k.double().repeat_interleave(4 // kv_heads, 1).transpose(2, 3) / math.sqrt(size)
     weights = scores.masked_fill(~reference.visible(lengths), -math.inf).softmax(-1)
     expected = weights @ v.double().repeat_interleave(4 // kv_heads, 1)
-    assert relative(packed_attention(q, k, v, lengths).double(), expected) < 1e-6
+    assert relative(packed_attention(q, k, v, torch.tensor(lengths)).double(), expected) < 1e-6
 
 
 def test_attention_never_builds_a_square_mask():
     q = torch.randn(1, 4, 256, 16, requires_grad=True)
     with LargestTensor() as largest:
-        packed_attention(q, q[:, :2], q[:, 2:], [100, 156]).sum().backward()
+        packed_attention(q, q[:, :2], q[:, 2:], torch.tensor([100, 156])).sum().backward()
     assert largest.numel < 256 * 256
 
 

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -85,9 +86,9 @@ QWEN_32B = Qwen2Config(vocab_size=152064, hidden_size=5120, intermediate_size=27
 
 
 @pytest.mark.parametrize("recompute, offload, simulated", [("none", "none", 395.2), ("block", "none", 82.1),
-                                                           ("block", "activations", 72.6)])
+                                                           ("block", "activations", 72.6), ("tiled", "activations", 70.3)])
 def test_the_memory_estimate_of_32b_is_near_the_simulated_peak(recompute, offload, simulated):
-    """Simulated: the peak that FSDPMemTracker finds for 8 ranks at 16,384 tokens on fake tensors, in GiB."""
+    """Recorded once: the peak that FSDPMemTracker finds for 8 ranks at 16,384 tokens on fake tensors (torch 2.13), in GiB."""
     estimate = sum(train.memory_estimate(QWEN_32B, 16384, 8, recompute, offload).values()) / 2 ** 30
     assert abs(estimate / simulated - 1) < 0.1
 
@@ -95,14 +96,14 @@ def test_the_memory_estimate_of_32b_is_near_the_simulated_peak(recompute, offloa
 def test_memory_choices_grow_with_need():
     class Auto:
         recompute = offload = "auto"
-        max_seq_len = 16384
-    choose = lambda config, ranks, gib: train.choose_memory(config, Auto, ranks, gib * 2 ** 30)
+        max_seq_len, dtype = 16384, "bfloat16"
+    choose = lambda config, ranks, gib: train.choose_memory(config, Auto, ranks, train.MEMORY_SHARE["cuda"] * gib * 2 ** 30)
     small = Qwen2Config(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
                         num_key_value_heads=2, tie_word_embeddings=True)
     assert choose(small, 1, 80) == ("none", "none")
     assert choose(small, 1, 16) == ("block", "none")
-    assert choose(QWEN_32B, 8, 141) == ("block", "none")
-    assert choose(QWEN_32B, 8, 79) == ("block", "activations")
+    assert choose(QWEN_32B, 8, 140) == ("block", "none")
+    assert choose(QWEN_32B, 8, 79.2) == ("tiled", "activations")
     assert choose(QWEN_32B, 8, 24)[1] == "parameters"
 
 
@@ -185,7 +186,7 @@ def test_a_metrics_line_has_what_it_must(run, model_dir, rows_file, tmp_path):
 
 
 def test_the_held_out_loss_is_the_mean_over_its_targets_and_changes_nothing(run, model_dir, rows_file, tmp_path):
-    """At a learning rate of (almost) 0 the held-out loss is that of the model as it was loaded."""
+    """The last one is compared with the exported model's, computed row by row."""
     for name, extra in (("with", ["--eval_data", rows_file]), ("without", [])):
         run("--model", model_dir, "--data", rows_file, "--out", tmp_path / name, *BASE, "--save_steps", 1, *extra)
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
@@ -416,9 +417,7 @@ train.save_checkpoint = limited
 data.one_line_errors(train.main)
 """)
     done = run_script(script, *arguments, processes=2, check=False)
-    assert "step-000004" in done.stderr and "then --resume" in done.stderr and done.stderr.count("exitcode  : 2") == 2 or \
-        done.stderr.count("exitcode: 2") >= 1, done.stderr
-    assert "Traceback (most recent call last):\n  File \"" + str(ROOT) not in done.stderr
+    assert "step-000004" in done.stderr and "then --resume" in done.stderr and ended_with_2(done), done.stderr
     folder = tmp_path / "out" / "checkpoints"
     assert [p.name for p in folder.iterdir()] == ["step-000002"]
     run_script(ROOT / "train.py", *arguments, "--resume", processes=2)
@@ -434,6 +433,13 @@ def test_the_disk_is_checked_before_the_first_step(tmp_path, monkeypatch, capsys
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
+
+def ended_with_2(done):
+    """Whether torchrun reports both workers as ended with status 2 (the first to end is its root cause), none with a traceback."""
+    codes = re.findall(r"exitcode *: (-?\d+)", done.stderr)
+    return bool(codes) and set(codes) <= {"2", "-15"} and codes.count("2") >= 1 and "train.py\", line" not in done.stderr \
+        and done.stderr.count("error: ") == 1
+
 
 def bad_inputs(model_dir, rows_file, tmp_path):
     """Name -> (arguments in place of the good ones, what the one line must say)."""
@@ -451,6 +457,11 @@ def bad_inputs(model_dir, rows_file, tmp_path):
     truncated = tmp_path / "truncated"
     shutil.copytree(model_dir, truncated)
     (truncated / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes()[:5000])
+    generation, pointer = tmp_path / "generation", tmp_path / "pointer"
+    shutil.copytree(model_dir, generation)
+    (generation / "generation_config.json").write_text("[1]")
+    shutil.copytree(model_dir, pointer)
+    (pointer / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     narrow = tmp_path / "narrow"
     small_model(vocab_size=200).save_pretrained(narrow)
     data.builtin_tokenizer().save(narrow)
@@ -470,11 +481,14 @@ def bad_inputs(model_dir, rows_file, tmp_path):
         "batch": (["--batch_size", 0], "--batch_size 0: must be above 0"),
         "offload": (["--offload", "activations", "--recompute", "none"], "use --recompute block or tiled"),
         "shards": (["--shard_size", 3], "--shard_size 3 does not divide"),
+        "generation": (["--model", generation], "generation_config.json is broken"),
+        "pointer": (["--model", pointer], "model.safetensors is truncated or not a safetensors file"),
     }
 
 
 @pytest.mark.parametrize("name", ["no model", "no config", "no tokenizer", "truncated weights", "vocabulary", "positions", "no data",
-                                  "broken row", "end token", "too short", "foreign folder", "resume", "batch", "offload", "shards"])
+                                  "broken row", "end token", "too short", "foreign folder", "resume", "batch", "offload", "shards", "generation",
+                                  "pointer"])
 def test_bad_input_is_one_line_exit_status_2_and_creates_nothing(run, model_dir, rows_file, tmp_path, name):
     arguments, says = bad_inputs(model_dir, rows_file, tmp_path)[name]
     out = tmp_path / "out"
@@ -496,8 +510,7 @@ def test_bad_input_ends_every_rank_with_status_2(model_dir, rows_file, tmp_path,
     start = time.monotonic()
     done = run_script(ROOT / "train.py", "--model", model_dir, "--data", rows_file, "--out", tmp_path / "out", *BASE, *arguments,
                       "--cache", tmp_path / "cache", processes=2, check=False)
-    assert done.stderr.count("error: ") == 1 and says in done.stderr and time.monotonic() - start < 60
-    assert "train.py\", line" not in done.stderr and "exitcode  : 2" in done.stderr, done.stderr
+    assert says in done.stderr and ended_with_2(done) and time.monotonic() - start < 60, done.stderr
 
 
 def test_a_loss_that_is_not_finite_names_step_and_rows_and_takes_no_step(run, rows_file, tmp_path):

@@ -124,8 +124,8 @@ def train_worker(model_dir, data_files, batch_size, recompute, steps, max_seq_le
 def bench_step(args):
     common = (args.model, ",".join(args.data), args.batch_size)
     variants = {f"transformers, {micro} rows{', checkpointing' if recompute else ''}": ("transformers", *common, micro, recompute)
-                for micro in args.micro_batches for recompute in (0, 1)}
-    variants |= {f"train.py, recompute {recompute}": ("train", *common, recompute) for recompute in ("none", "block", "tiled")}
+                for micro in args.micro_batches for recompute in args.checkpointing}
+    variants |= {f"train.py, recompute {recompute}": ("train", *common, recompute) for recompute in args.recompute}
     results = {name: [] for name in variants}
     for repeat in range(args.repeats):
         for name, arguments in variants.items():
@@ -215,6 +215,8 @@ def main():
     parser.add_argument("--data", nargs="+", help="training rows, for step")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--micro_batches", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--checkpointing", type=int, nargs="+", default=[0, 1], help="of transformers")
+    parser.add_argument("--recompute", nargs="+", default=["none", "block", "tiled"], help="of train.py")
     parser.add_argument("--max_seq_len", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)

@@ -599,3 +599,27 @@ def test_the_first_command_trains_the_builtin_model_on_two_processes(tmp_path):
     assert curve[-1] < 0.6 * curve[0]
     assert "held-out problems solved:" in done.stdout and "next: " in done.stdout
     assert done.stdout.count("=?\n") == 4
+
+
+@pytest.mark.slow
+def test_a_real_model_learns_in_twenty_steps_and_says_the_same_in_transformers(tmp_path):
+    """REAL_MODEL_DIR names a Qwen2 chat model in Hugging Face layout; 40 real rows, eight a step, four times, two processes."""
+    transformers = pytest.importorskip("transformers")
+    folder = os.environ.get("REAL_MODEL_DIR") or pytest.skip("needs REAL_MODEL_DIR, the folder of a small Qwen2 chat model")
+    problems = [json.loads(line) for line in shared_file("problems/math500.jsonl").read_text().splitlines()][:40]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": [
+        {"role": "user", "content": p["problem"]}, {"role": "assistant", "content": p["solution"]}]}) + "\n" for p in problems))
+    out = tmp_path / "out"
+    run_script(ROOT / "train.py", "--model", folder, "--data", tmp_path / "rows.jsonl", "--out", out, "--batch_size", 8, "--max_steps", 20,
+               "--max_seq_len", 2048, "--learning_rate", 5e-5, "--cache", tmp_path / "cache", processes=2, timeout=1200)
+    curve = losses(out)
+    print("losses:", [round(loss, 3) for loss in curve])
+    assert len(curve) == 20 and sum(curve[-5:]) < 0.9 * sum(curve[:5])
+    tokenizer = data.load_tokenizer(out)
+    prompt = tokenizer.encode(tokenizer.render([{"role": "user", "content": problems[0]["problem"]}], add_generation_prompt=True))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    their_ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, len(prompt):].tolist()
+    stop = tokenizer.token_id(tokenizer.end_token)
+    our_ids, = train.greedy(Qwen2.from_pretrained(out), [prompt], 40, stop)
+    print(tokenizer.decode(our_ids))
+    assert our_ids == their_ids[:their_ids.index(stop) if stop in their_ids else None]

@@ -610,6 +610,8 @@ def tokenize(sources, tokenizer, end_token, system, folder, quiet):
     except OSError as error:
         if error.errno == errno.ENOTEMPTY:  # another process was first
             return
+        if error.filename is not None:  # a source that cannot be opened
+            raise
         raise OSError(error.errno, f"cannot write the token cache: {error.strerror}: free some disk or move it with --cache",
                       str(folder.parent)) from None
     finally:

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -229,6 +230,22 @@ def test_one_two_and_three_processes_shard_or_replicate_to_the_same_run(tied, ro
         assert close(losses(tmp_path / name), losses(tmp_path / "one"), 1e-4), name
         for key, tensor in weights(tmp_path / name).items():
             assert torch.allclose(tensor, weights(tmp_path / "one")[key], atol=1e-4), (name, key)
+
+
+def test_two_launchers_are_two_nodes(run, model_dir, rows_file, tmp_path):
+    """Each with one process, the model replicated across them."""
+    arguments = ["--model", model_dir, "--data", rows_file, *BASE, "--cache", tmp_path / "cache"]
+    assert run(*arguments, "--out", tmp_path / "one")[0] == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launchers = [subprocess.Popen(list(map(str, [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1", "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", ROOT / "train.py", *arguments, "--out", tmp_path / "two",
+        "--shard_size", 1])), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        for node in range(2)]
+    assert [launcher.wait(timeout=120) for launcher in launchers] == [0, 0]
+    assert close(losses(tmp_path / "one"), losses(tmp_path / "two"), 1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ the finished folder

@@ -1,14 +1,17 @@
-"""From published rows to packed batches: tokenizer, chat template, reading, the token cache, packing, a built-in task.
+"""From published rows to packed batches: tokenizer, chat template, reading, the token cache,
+packing, a built-in task.
 
-    python data.py FILE --model DIR     # counts, lengths, packing efficiency, and one row with its loss mask in colour
+    python data.py FILE --model DIR     # counts, lengths, packing, one row with its mask in colour
 
-A training row is ShareGPT (`system`, `conversations` of from/value), `messages` of role/content, or a kept sample (a
-problem's fields and `response`). Rows come from .json, .jsonl (also .gz), .csv and .parquet files, from data sets on the
-Hugging Face hub, and from `builtin:...`. Loss is taken on what the assistant says and on its end token, found by position:
-several tokenizers pad with their end token, and a mask made by token id would teach a model never to stop.
+A training row is ShareGPT (`system`, `conversations` of from/value), `messages` of role/content, or
+a kept sample (a problem's fields and `response`). Rows come from .json, .jsonl (also .gz), .csv and
+.parquet files, from data sets on the Hugging Face hub, and from `builtin:...`. Loss is taken on
+what the assistant says and on its end token, found by position: several tokenizers pad with their
+end token, and a mask made by token id would teach a model never to stop.
 
-Sources: the formats and prompts of NovaSky's Sky-T1 (github.com/NovaSky-AI/SkyThought); the chat template of
-Qwen2.5-Instruct. Limits: plain text turns only (no tools, no images); .parquet needs pyarrow.
+Sources: the formats and prompts of NovaSky's Sky-T1 (github.com/NovaSky-AI/SkyThought); the chat
+template of Qwen2.5-Instruct. Limits: plain text turns only (no tools, no images); .parquet needs
+pyarrow.
 """
 import argparse
 import csv
@@ -34,46 +37,65 @@ from tqdm import tqdm
 
 from model import IGNORE, Qwen2Config
 
-# The system prompts of the trained model and of its teacher, by name; the spelling is the original's.
+# The system prompts of the trained model and of its teacher, by name; the spelling is the
+# original's.
 SYSTEM_PROMPTS = {
     "skyt1": (
-        "Your role as an assistant involves thoroughly exploring questions through a systematic long thinking process before "
-        "providing the final precise and accurate solutions. This requires engaging in a comprehensive cycle of analysis, "
-        "summarizing, exploration, reassessment, reflection, backtracing, and iteration to develop well-considered thinking "
-        "process. Please structure your response into two main sections: Thought and Solution. In the Thought section, detail "
-        "your reasoning process using the specified format: <|begin_of_thought|> {thought with steps separated with '\n\n'} "
-        "<|end_of_thought|> Each step should include detailed considerations such as analisying questions, summarizing "
-        "relevant findings, brainstorming new ideas, verifying the accuracy of the current steps, refining any errors, and "
-        "revisiting previous steps. In the Solution section, based on various attempts, explorations, and reflections from the "
-        "Thought section, systematically present the final solution that you deem correct. The solution should remain a "
-        "logical, accurate, concise expression style and detail necessary step needed to reach the conclusion, formatted as "
-        "follows: <|begin_of_solution|> {final formatted, precise, and clear solution} <|end_of_solution|> Now, try to solve "
+        "Your role as an assistant involves thoroughly exploring questions through a systematic "
+        "long thinking process before "
+        "providing the final precise and accurate solutions. This requires engaging in a "
+        "comprehensive cycle of analysis, "
+        "summarizing, exploration, reassessment, reflection, backtracing, and iteration to "
+        "develop well-considered thinking "
+        "process. Please structure your response into two main sections: Thought and Solution. In "
+        "the Thought section, detail "
+        "your reasoning process using the specified format: <|begin_of_thought|> {thought with "
+        "steps separated with '\n\n'} "
+        "<|end_of_thought|> Each step should include detailed considerations such as analisying "
+        "questions, summarizing "
+        "relevant findings, brainstorming new ideas, verifying the accuracy of the current steps, "
+        "refining any errors, and "
+        "revisiting previous steps. In the Solution section, based on various attempts, "
+        "explorations, and reflections from the "
+        "Thought section, systematically present the final solution that you deem correct. The "
+        "solution should remain a "
+        "logical, accurate, concise expression style and detail necessary step needed to reach "
+        "the conclusion, formatted as "
+        "follows: <|begin_of_solution|> {final formatted, precise, and clear solution} "
+        "<|end_of_solution|> Now, try to solve "
         "the following question through the above guidelines:"),
-    "qwq": ("You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step."),
+    "qwq": ("You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You "
+            "should think step-by-step."),
 }
 QWEN_DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 # What the recipe puts before a bare problem.
 MATH_PROMPT = "Return your final response within \\boxed{}. "
-CHOICE_PROMPT = ("Return your final response within \\boxed{} and only include the letter choice (A, B, C, or D) as your final "
+CHOICE_PROMPT = ("Return your final response within \\boxed{} and only include the letter choice "
+                 "(A, B, C, or D) as your final "
                  "response. ")
-STDIN_PROMPT = ("Generate an executable Python function generated from the given prompt. The function should take stdin as "
+STDIN_PROMPT = ("Generate an executable Python function generated from the given prompt. The "
+                "function should take stdin as "
                 "input and print the output. Simply call the function after the definition. ")
-CALL_PROMPT = ("Generate an executable Python function generated from the given prompt. Return the function body without "
+CALL_PROMPT = ("Generate an executable Python function generated from the given prompt. Return "
+               "the function body without "
                "invoking it at the final solution. ")
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
+         "gpt": "assistant"}
 DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
 MAX_SEQ_LEN = 16384  # the recipe's
 CACHE_VERSION = 1  # part of the cache's key: raise it when the meaning of the cached files changes
 
 
-# ------------------------------------------------------------------------------------- tokenizer and chat template
+# ---------------------------------------------------------------------- tokenizer and chat template
 
 class Tokenizer:
-    """tokenizer.json and what its folder says beside it: end token, pad token, chat template (None: Qwen2.5's)."""
+    """tokenizer.json and what its folder says beside it: end token, pad token, chat template (None:
+    Qwen2.5's)."""
 
-    def __init__(self, backend, bos_token=None, eos_token=None, pad_token=None, template=None, folder=None):
+    def __init__(self, backend, bos_token=None, eos_token=None, pad_token=None, template=None,
+                 folder=None):
         self.backend, self.template, self.folder = backend, template, folder
         self.bos_token, self.eos_token = bos_token or "", eos_token or ""
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
@@ -82,7 +104,8 @@ class Tokenizer:
 
     def render(self, messages, add_generation_prompt=False):
         """The text of a conversation by this folder's chat template."""
-        return render_chat(messages, add_generation_prompt, self.template, self.bos_token, self.eos_token)
+        return render_chat(messages, add_generation_prompt, self.template, self.bos_token,
+                           self.eos_token)
 
     def encode(self, text):
         """Token ids of a text; special tokens written in it are recognised, none is added."""
@@ -103,19 +126,25 @@ class Tokenizer:
 
     @functools.cached_property
     def end_token(self):
-        """What the chat template puts behind an assistant's turn: the token that generation stops on."""
-        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}
+        """What the chat template puts behind an assistant's turn: the token that generation stops
+        on."""
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant",
+                                                              "content": "ANSWER"}
         if self.render([question], add_generation_prompt=True) == self.render([question]):
-            raise ValueError(f"{self.folder}: the chat template does not know add_generation_prompt, so where an answer starts "
+            raise ValueError(f"{self.folder}: the chat template does not know "
+                             f"add_generation_prompt, so where an answer starts "
                              "cannot be told: mend it")
         end = self.render([question, answer]).rpartition("ANSWER")[2].strip() or self.eos_token
         if not end:
-            raise ValueError(f"{self.folder}: neither chat template nor tokenizer_config.json name an end token")
+            raise ValueError(f"{self.folder}: neither chat template nor tokenizer_config.json "
+                             f"name an end token")
         return end
 
     def save(self, folder):
-        """Writes the tokenizer files: copies of the folder's own, or those of the built-in tokenizer."""
-        names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json",
+        """Writes the tokenizer files: copies of the folder's own, or those of the built-in
+        tokenizer."""
+        names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                 "special_tokens_map.json", "vocab.json",
                  "merges.txt", "added_tokens.json"]
         if self.folder is not None:
             for name in names:
@@ -123,20 +152,24 @@ class Tokenizer:
                     shutil.copyfile(Path(self.folder) / name, Path(folder) / name)
             return
         self.backend.save(str(Path(folder) / names[0]))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_token, "pad_token": "<|endoftext|>",
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_token,
+                  "pad_token": "<|endoftext|>",
                   "clean_up_tokenization_spaces": False, "chat_template": self.template}
         (Path(folder) / names[1]).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_tokenizer(model_dir):
-    """Reads tokenizer.json, and end, pad and chat template from tokenizer_config.json and chat_template.jinja where they
-    exist. `builtin:tiny` is bytes. Raises FileNotFoundError or ValueError that name the file."""
+    """Reads tokenizer.json, and end, pad and chat template from tokenizer_config.json and
+    chat_template.jinja where they exist. `builtin:tiny` is bytes. Raises FileNotFoundError or
+    ValueError that name the file."""
     if model_dir == "builtin:tiny":
         return builtin_tokenizer()
     folder = Path(model_dir)
-    path, config_path, jinja_path = folder / "tokenizer.json", folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    jinja_path = folder / "chat_template.jinja"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: copy the tokenizer of the model that the weights come from")
+        raise FileNotFoundError(f"{path} does not exist: copy the tokenizer of the model that the "
+                                f"weights come from")
     try:
         backend = Backend.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
@@ -156,35 +189,42 @@ def load_tokenizer(model_dir):
 
 
 def builtin_tokenizer():
-    """256 bytes and three of Qwen's special tokens. Its chat template adds no system turn of its own."""
+    """256 bytes and three of Qwen's special tokens. Its chat template adds no system turn of its
+    own."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
-    template = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    backend.add_special_tokens([AddedToken(t, normalized=False)
+                                for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    template = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content "
+                "}}<|im_end|>\n{% endfor %}"
                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     return Tokenizer(backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", template=template)
 
 
 @functools.lru_cache(maxsize=8)
 def compiled_template(template):
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # a template comes with a model, and is as little trusted
+    # a template comes with a model, and is as little trusted
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message):
         raise ValueError(f"the chat template refuses these messages: {message}")
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
     environment.globals["raise_exception"] = refuse
     return environment.from_string(template)
 
 
 def render_chat(messages, add_generation_prompt=False, template=None, bos_token="", eos_token=""):
-    """The text of a conversation. Without a template (jinja2 source) it is Qwen2.5-Instruct's, default system included.
-    Raises ValueError for messages or a template that cannot be rendered."""
+    """The text of a conversation. Without a template (jinja2 source) it is Qwen2.5-Instruct's,
+    default system included. Raises ValueError for messages or a template that cannot be
+    rendered."""
     if template is not None:
         import jinja2
         try:
-            return compiled_template(template).render(messages=messages, add_generation_prompt=add_generation_prompt,
+            return compiled_template(template).render(messages=messages,
+                                                      add_generation_prompt=add_generation_prompt,
                                                       bos_token=bos_token, eos_token=eos_token)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template fails on these messages: {error}") from None
@@ -198,19 +238,24 @@ def render_chat(messages, add_generation_prompt=False, template=None, bos_token=
 
 
 def conversation_segments(tokenizer, messages, end_token=None):
-    """A conversation as (text, is_target) pieces that are tokenised one by one. A cut lies exactly where generation will
-    start, so that the tokens learnt are those that a prompt is continued with, even if an answer begins with a newline.
+    """A conversation as (text, is_target) pieces that are tokenised one by one. A cut lies exactly
+    where generation will start, so that the tokens learnt are those that a prompt is continued
+    with, even if an answer begins with a newline.
 
-    `end_token` replaces the template's behind each answer; if it is another one, the text ends there.
+    `end_token` replaces the template's behind each answer; if it is another one, the text ends
+    there.
     """
     segments, done, end = [], "", tokenizer.end_token
     for k, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt, answer = tokenizer.render(messages[:k], add_generation_prompt=True), message["content"]
+        prompt, answer = tokenizer.render(messages[:k],
+                                          add_generation_prompt=True), message["content"]
         if not prompt.startswith(done):
-            raise ValueError("the chat template changes earlier turns: only rows with one answer can be trained on")
-        if answer.startswith("<think>\n") and prompt.endswith("<think>\n"):  # R1's template opens the thought itself
+            raise ValueError("the chat template changes earlier turns: only rows with one answer "
+                             "can be trained on")
+        # R1's template opens the thought itself
+        if answer.startswith("<think>\n") and prompt.endswith("<think>\n"):
             answer = answer.removeprefix("<think>\n")
         segments += [(prompt[len(done):], False), (answer, True), (end_token or end, True)]
         done = prompt + answer + end
@@ -221,8 +266,9 @@ def conversation_segments(tokenizer, messages, end_token=None):
 
 
 def encode_conversation(tokenizer, messages, end_token=None):
-    """messages (dicts of role and content) -> (token ids, mask): mask[i] is 1 exactly when token i is a target, that is
-    the text of every assistant turn and its end token. Targets are not shifted here."""
+    """messages (dicts of role and content) -> (token ids, mask): mask[i] is 1 exactly when token i
+    is a target, that is the text of every assistant turn and its end token. Targets are not shifted
+    here."""
     ids, mask = [], []
     for text, is_target in conversation_segments(tokenizer, messages, end_token):
         tokens = tokenizer.encode(text)
@@ -231,24 +277,29 @@ def encode_conversation(tokenizer, messages, end_token=None):
     return ids, mask
 
 
-# ------------------------------------------------------------------------------------------------------ reading rows
+# ------------------------------------------------------------------------------------- reading rows
 
 def find(name, repo_type, patterns):
-    """The local path of a file or folder, or of a hub repository (fetched once; HF_HUB_OFFLINE uses the cache alone).
+    """The local path of a file or folder, or of a hub repository (fetched once; HF_HUB_OFFLINE uses
+    the cache alone).
 
     A name that looks like a path never asks the hub. Raises FileNotFoundError with the reason.
     """
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if name.startswith((".", "/", "~", "builtin:")) or name.count("/") != 1 or name.endswith(DATA_SUFFIXES):
-        raise FileNotFoundError(f"{name} does not exist here, and is not the name of a {repo_type} on the hub (owner/name)")
+    if name.startswith((".", "/", "~",
+                        "builtin:")) or name.count("/") != 1 or name.endswith(DATA_SUFFIXES):
+        raise FileNotFoundError(f"{name} does not exist here, and is not the name of a "
+                                f"{repo_type} on the hub (owner/name)")
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(name, repo_type=repo_type, allow_patterns=patterns))
-    except Exception as error:  # network, missing repository, licence, offline: the library has a class for each
+    # network, missing repository, licence, offline: the library has a class for each
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(f"{name} is neither a path here nor could it be fetched from the hub: {reason}") from None
+        raise FileNotFoundError(f"{name} is neither a path here nor could it be fetched from the "
+                                f"hub: {reason}") from None
 
 
 def find_model(name, weights=True):
@@ -258,34 +309,43 @@ def find_model(name, weights=True):
 
 
 def find_data(name):
-    """The data files of one --data argument: a file, or those of a folder or hub data set, its train split if it has one."""
+    """The data files of one --data argument: a file, or those of a folder or hub data set, its
+    train split if it has one."""
     path = find(name, "dataset", [f"*{suffix}" for suffix in DATA_SUFFIXES])
     if path.is_file():
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.name.endswith(DATA_SUFFIXES) and p.name != "dataset_infos.json")
-    files = [p for p in files if re.search(r"(^|[^a-z])train([^a-z]|$)", str(p.relative_to(path)))] or files
+    files = sorted(p for p in path.rglob("*") if p.name.endswith(DATA_SUFFIXES)
+                   and p.name != "dataset_infos.json")
+    files = [p
+             for p in files
+             if re.search(r"(^|[^a-z])train([^a-z]|$)", str(p.relative_to(path)))] or files
     if not files:
         raise FileNotFoundError(f"{name} holds no data file ({', '.join(DATA_SUFFIXES)})")
     return files
 
 
 def read_rows(path):
-    """Yields (row, line number) of a .json, .jsonl, .csv or .parquet file; rows of the last are counted from 1.
+    """Yields (row, line number) of a .json, .jsonl, .csv or .parquet file; rows of the last are
+    counted from 1.
 
-    Raises ValueError naming file and line for what is not UTF-8, not JSON, or not an object; and for an empty file.
+    Raises ValueError naming file and line for what is not UTF-8, not JSON, or not an object; and
+    for an empty file.
     """
-    rows, empty = {".csv": csv_rows, ".parquet": parquet_rows}.get(path.suffix, json_rows)(path), True
+    rows, empty = {".csv": csv_rows, ".parquet": parquet_rows}.get(path.suffix,
+                                                                   json_rows)(path), True
     for row, line in rows:
         empty = False
         if not isinstance(row, dict):
-            raise ValueError(f"{path}:{line}: a row must be an object, this one is a {type(row).__name__}")
+            raise ValueError(f"{path}:{line}: a row must be an object, this one is a "
+                             f"{type(row).__name__}")
         yield row, line
     if empty:
         raise ValueError(f"{path} holds no rows")
 
 
 def json_rows(path):
-    """One object a line, or one array of objects, which is decoded row by row: neither is ever whole in memory."""
+    """One object a line, or one array of objects, which is decoded row by row: neither is ever
+    whole in memory."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         try:
             start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
@@ -309,16 +369,19 @@ def json_rows(path):
 
 def not_utf8(path, line, error):
     line += error.object[:error.start].count(b"\n")
-    return ValueError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#x}): save the file as UTF-8")
+    return ValueError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#x}): save the "
+                      f"file as UTF-8")
 
 
 def broken_json(path, line, error):
-    reason = getattr(error, "msg", "nested too deep" if isinstance(error, RecursionError) else error)
+    reason = getattr(error, "msg",
+                     "nested too deep" if isinstance(error, RecursionError) else error)
     return ValueError(f"{path}:{line}: broken JSON ({reason})")
 
 
 def array_rows(path, file, block=2 ** 20):
-    """Rows of a JSON array in a text file, taken from a window that grows by a block until it holds the next one whole."""
+    """Rows of a JSON array in a text file, taken from a window that grows by a block until it holds
+    the next one whole."""
     window, line, marks, row_next, closed, piece = "", 1, "[", False, False, True
     while piece:
         try:
@@ -343,9 +406,12 @@ def array_rows(path, file, block=2 ** 20):
                         break  # perhaps the row goes on in the next block
                     raise broken_json(path, line, error) from None
                 yield row, line
-                line, window, marks, row_next = line + window[:end].count("\n"), window[end:], ",]", False
+                line, window = line + window[:end].count("\n"), window[end:]
+                marks, row_next = ",]", False
             else:
-                raise broken_json(path, line, f"{window[:20]!r} " + ("after the array" if closed else "after a row"))
+                raise broken_json(path, line,
+                                  f"{window[:20]!r} " + ("after the array" if closed
+                                                         else "after a row"))
     if not closed:
         raise broken_json(path, line, "the array does not end: is the file truncated?")
 
@@ -357,7 +423,8 @@ def csv_rows(path):
         try:
             for row in reader:
                 if None in row or None in row.values():
-                    raise ValueError(f"{path}:{reader.line_num}: {len(reader.fieldnames)} columns in the header, not in this row")
+                    raise ValueError(f"{path}:{reader.line_num}: {len(reader.fieldnames)} columns "
+                                     f"in the header, not in this row")
                 yield row, reader.line_num
         except UnicodeDecodeError as error:
             raise not_utf8(path, reader.line_num, error) from None
@@ -369,8 +436,11 @@ def parquet_rows(path):
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise ValueError(f"{path}: reading parquet needs pyarrow (pip install pyarrow), or convert it once with: python -c "
-                         f"\"import pandas; pandas.read_parquet('{path.name}').to_json('rows.jsonl', orient='records', "
+        raise ValueError(f"{path}: reading parquet needs pyarrow (pip install pyarrow), or "
+                         f"convert it once with: python -c "
+                         f"\"import pandas; "
+                         f"pandas.read_parquet('{path.name}').to_json('rows.jsonl', "
+                         f"orient='records', "
                          "lines=True)\"") from None
     number = 0
     for batch in parquet.ParquetFile(path).iter_batches():
@@ -380,19 +450,21 @@ def parquet_rows(path):
 
 
 def recipe_prompt(problem):
-    """The user turn that the recipe makes of a problem, by its kind. ValueError for another kind or malformed tests."""
+    """The user turn that the recipe makes of a problem, by its kind. ValueError for another kind or
+    malformed tests."""
     kind, tests = problem.get("kind"), problem.get("tests") or [{}]
     if kind not in ("math", "choice", "code", None):
         raise ValueError(f"unknown kind {kind!r}: must be math, choice or code")
     if kind == "code" and not (isinstance(tests, list) and isinstance(tests[0], dict)):
         raise ValueError("`tests` must be a list of objects")
     prompt = {"math": MATH_PROMPT, "choice": CHOICE_PROMPT, None: ""}
-    return (prompt[kind] if kind != "code" else STDIN_PROMPT if "input" in tests[0] else CALL_PROMPT) + problem["prompt"]
+    return (prompt[kind] if kind != "code" else STDIN_PROMPT if "input" in tests[0]
+            else CALL_PROMPT) + problem["prompt"]
 
 
 def to_messages(row, system="skyt1"):
-    """A training row as messages. `system` (a name of SYSTEM_PROMPTS, "none", or a text) goes before kept samples, which
-    carry none. Raises ValueError that names the field."""
+    """A training row as messages. `system` (a name of SYSTEM_PROMPTS, "none", or a text) goes
+    before kept samples, which carry none. Raises ValueError that names the field."""
     if isinstance(row.get("conversations"), list):
         turns = [turn_of(turn, "from", "value") for turn in row["conversations"]]
     elif isinstance(row.get("messages"), list):
@@ -400,10 +472,12 @@ def to_messages(row, system="skyt1"):
     elif isinstance(row.get("response"), str) and isinstance(row.get("prompt"), str):
         if row.get("passed") is False:
             raise ValueError("a sample that did not pass: train on the file of `verify.py --keep`")
-        turns = [{"role": "user", "content": recipe_prompt(row)}, {"role": "assistant", "content": row["response"]}]
+        turns = [{"role": "user", "content": recipe_prompt(row)},
+                 {"role": "assistant", "content": row["response"]}]
         row = {"system": None if system == "none" else SYSTEM_PROMPTS.get(system, system)}
     else:
-        raise ValueError(f"not a training row (fields: {', '.join(map(str, row)) or 'none'}): it needs `conversations`, "
+        raise ValueError(f"not a training row (fields: {', '.join(map(str, row)) or 'none'}): it "
+                         f"needs `conversations`, "
                          "`messages`, or `prompt` and `response`")
     if row.get("system"):
         turns.insert(0, turn_of({"role": "system", "content": row["system"]}, "role", "content"))
@@ -425,14 +499,16 @@ def turn_of(turn, role_field, text_field):
     if not isinstance(text, str):
         raise ValueError(f"`{text_field}` of a {role} turn is not a string")
     if re.search("[\ud800-\udfff]", text):
-        raise ValueError(f"`{text_field}` of a {role} turn holds half a character (a lone surrogate)")
+        raise ValueError(f"`{text_field}` of a {role} turn holds half a character (a lone "
+                         f"surrogate)")
     return {"role": ROLES[role], "content": text}
 
 
-# --------------------------------------------------------------------------------------------------- a built-in task
+# ---------------------------------------------------------------------------------- a built-in task
 
 def builtin_problems(split, count, seed=0):
-    """Additions of three numbers of three digits, as problems with `answer` and a worked `solution`. Splits never share a problem."""
+    """Additions of three numbers of three digits, as problems with `answer` and a worked
+    `solution`. Splits never share a problem."""
     generator = random.Random(f"{split} {seed}")
     for _ in range(count):
         while True:
@@ -447,28 +523,33 @@ def builtin_problems(split, count, seed=0):
             carry = total // 10
         answer = str(a + b + c)
         prompt = f"{a}+{b}+{c}=?"
-        yield {"id": prompt, "source": "builtin", "kind": "math", "prompt": prompt, "answer": answer,
+        yield {"id": prompt, "source": "builtin", "kind": "math", "prompt": prompt,
+               "answer": answer,
                "solution": "\n".join(steps) + f"\n\\boxed{{{answer}}}"}
 
 
 def builtin_rows(name):
-    """Training rows of `builtin:worked` (solutions digit by digit), `builtin:bare` (the answer alone), each :COUNT long."""
+    """Training rows of `builtin:worked` (solutions digit by digit), `builtin:bare` (the answer
+    alone), each :COUNT long."""
     _, kind, count = (name + ":20000").split(":")[:3]
     if kind not in ("worked", "bare") or not count.isdigit():
-        raise ValueError(f"{name}: the built-in data are builtin:worked and builtin:bare, each with :COUNT after it if wanted")
+        raise ValueError(f"{name}: the built-in data are builtin:worked and builtin:bare, each "
+                         f"with :COUNT after it if wanted")
     for problem in builtin_problems("train", int(count)):
         response = problem["solution"] if kind == "worked" else f"\\boxed{{{problem['answer']}}}"
-        yield {"messages": [{"role": "user", "content": problem["prompt"]}, {"role": "assistant", "content": response}]}
+        yield {"messages": [{"role": "user", "content": problem["prompt"]},
+                            {"role": "assistant", "content": response}]}
 
 
-# --------------------------------------------------------------------------------- tokenised rows in a memory map
+# ------------------------------------------------------------------- tokenised rows in a memory map
 
 ROW = np.dtype([("start", "<i8"), ("file", "<i4"), ("line", "<i8"), ("digest", "<u8")])
 
 
 @dataclass
 class TokenizedRows:
-    """Rows as token ids in a memory map: `kept` are the indices trained on, `counts` says where the others went."""
+    """Rows as token ids in a memory map: `kept` are the indices trained on, `counts` says where the
+    others went."""
     tokens: np.ndarray   # (all tokens,) uint32
     mask: np.ndarray     # (all tokens,) uint8: 1 where the token is a target
     rows: np.ndarray     # (rows,) ROW
@@ -494,7 +575,8 @@ class TokenizedRows:
 
     @functools.cached_property
     def num_targets(self):
-        """Targets of each kept row. The first token of a row is nobody's target; it is never one by the mask either."""
+        """Targets of each kept row. The first token of a row is nobody's target; it is never one by
+        the mask either."""
         starts = self.rows["start"]
         return np.array([int(self.mask[starts[i]:self.ends[i]].sum()) for i in self.kept])
 
@@ -503,15 +585,17 @@ class TokenizedRows:
         return f"{self.files[row['file']]}:{row['line']}"
 
 
-def load_rows(names, tokenizer, max_seq_len, end_token=None, system="skyt1", as_published=False, cache=None, quiet=False):
+def load_rows(names, tokenizer, max_seq_len, end_token=None, system="skyt1", as_published=False,
+              cache=None, quiet=False):
     """Reads, tokenises and caches the rows of several --data names. Returns TokenizedRows.
 
-    Duplicates and rows over max_seq_len are dropped, with as_published kept and truncated. Raises ValueError and
-    FileNotFoundError that name file and line.
+    Duplicates and rows over max_seq_len are dropped, with as_published kept and truncated. Raises
+    ValueError and FileNotFoundError that name file and line.
     """
     sources = [source for name in map(str, names)
                for source in ([name] if name.startswith("builtin:") else find_data(name))]
-    settings = [CACHE_VERSION, end_token or tokenizer.end_token, system, tokenizer.template, tokenizer.bos_token,
+    settings = [CACHE_VERSION, end_token or tokenizer.end_token, system, tokenizer.template,
+                tokenizer.bos_token,
                 tokenizer.eos_token, tokenizer.backend.to_str()]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for source in sources:
@@ -522,11 +606,13 @@ def load_rows(names, tokenizer, max_seq_len, end_token=None, system="skyt1", as_
         tokenize(sources, tokenizer, end_token, system, folder, quiet)
     try:
         rows = np.load(folder / "rows.npy")
-        tokens, mask = np.memmap(folder / "tokens.bin", np.uint32, "r"), np.memmap(folder / "mask.bin", np.uint8, "r")
+        tokens, mask = np.memmap(folder / "tokens.bin", np.uint32,
+                                 "r"), np.memmap(folder / "mask.bin", np.uint8, "r")
         if not len(tokens) == len(mask) == rows[-1]["start"]:
             raise ValueError("its files do not fit together")
     except (OSError, ValueError, EOFError, IndexError) as error:
-        raise ValueError(f"the token cache {folder} is damaged ({error}): remove that folder") from None
+        raise ValueError(f"the token cache {folder} is damaged ({error}): "
+                         "remove that folder") from None
     rows = rows[:-1]  # the last entry is the end of all
     return select(tokens, mask, rows, [str(s) for s in sources], digest, max_seq_len, as_published)
 
@@ -546,7 +632,8 @@ def select(tokens, mask, rows, files, digest, max_seq_len, as_published):
         counts |= {"duplicates (kept)": int(duplicate.sum()), "truncated": int(too_long.sum()),
                    "without a target": int(no_target.sum())}
     else:  # each dropped row is counted once
-        counts |= {"duplicates": int(duplicate.sum()), "over max_seq_len": int((too_long & ~duplicate).sum()),
+        counts |= {"duplicates": int(duplicate.sum()),
+                   "over max_seq_len": int((too_long & ~duplicate).sum()),
                    "without a target": int((no_target & ~too_long & ~duplicate).sum())}
     counts["kept"] = int((~dropped).sum())
     if not counts["kept"]:
@@ -555,18 +642,20 @@ def select(tokens, mask, rows, files, digest, max_seq_len, as_published):
 
 
 def check_against_model(args, config, tokenizer):
-    """Sets --max_seq_len where it was left out. ValueError if it is beyond the model's positions, or if --end_token is not
-    one token."""
+    """Sets --max_seq_len where it was left out. ValueError if it is beyond the model's positions,
+    or if --end_token is not one token."""
     if args.max_seq_len is None:
         args.max_seq_len = min(MAX_SEQ_LEN, config.max_position_embeddings)
     if args.max_seq_len > config.max_position_embeddings:
-        raise ValueError(f"--max_seq_len {args.max_seq_len} is beyond the {config.max_position_embeddings} positions of "
+        raise ValueError(f"--max_seq_len {args.max_seq_len} is beyond the "
+                         f"{config.max_position_embeddings} positions of "
                          f"{args.model}: lower it")
     tokenizer.token_id(args.end_token or tokenizer.end_token)
 
 
 def cache_folder(cache):
-    return Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sky-t1").expanduser()
+    return Path(cache
+                or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sky-t1").expanduser()
 
 
 def content_digest(source):
@@ -582,20 +671,24 @@ def content_digest(source):
 
 
 def tokenize(sources, tokenizer, end_token, system, folder, quiet):
-    """Writes tokens.bin, mask.bin and rows.npy of all sources, in a folder beside that is then renamed: a cache is whole or
-    absent. Rows are handled some hundred at a time, so memory does not grow with the data; tokenizers uses all cores."""
+    """Writes tokens.bin, mask.bin and rows.npy of all sources, in a folder beside that is then
+    renamed: a cache is whole or absent. Rows are handled some hundred at a time, so memory does not
+    grow with the data; tokenizers uses all cores."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + "."))
     try:
         with (open(aside / "tokens.bin", "wb") as tokens, open(aside / "mask.bin", "wb") as masks,
-              open(aside / "rows.npy", "wb") as index, tqdm(desc="tokenising", unit=" rows", disable=quiet) as bar):
+              open(aside / "rows.npy", "wb") as index,
+              tqdm(desc="tokenising", unit=" rows", disable=quiet) as bar):
             rows, total = [], 0
             for batch in batches(sources, tokenizer, end_token, system):
-                encoded = iter(tokenizer.encode_batch([text for *_, segments in batch for text, _ in segments]))
+                encoded = iter(tokenizer.encode_batch([text for *_, segments in batch
+                                                       for text, _ in segments]))
                 for file, line, segments in batch:
                     pieces = [next(encoded) for _ in segments]
                     ids = np.concatenate([np.array(p, np.uint32) for p in pieces])
-                    mask = np.repeat(np.array([is_target for _, is_target in segments], np.uint8), [len(p) for p in pieces])
+                    mask = np.repeat(np.array([is_target for _, is_target in segments], np.uint8),
+                                     [len(p) for p in pieces])
                     tokens.write(ids)
                     masks.write(mask)
                     digest = hashlib.sha256(ids.tobytes() + mask.tobytes()).digest()[:8]
@@ -612,7 +705,9 @@ def tokenize(sources, tokenizer, end_token, system, folder, quiet):
             return
         if error.filename is not None:  # a source that cannot be opened
             raise
-        raise OSError(error.errno, f"cannot write the token cache: {error.strerror}: free some disk or move it with --cache",
+        raise OSError(error.errno,
+                      f"cannot write the token cache: {error.strerror}: free some disk or move it "
+                      f"with --cache",
                       str(folder.parent)) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -622,7 +717,10 @@ def batches(sources, tokenizer, end_token, system, size=256):
     """Yields lists of (file number, line, segments)."""
     batch = []
     for file, source in enumerate(sources):
-        numbered = read_rows(source) if isinstance(source, Path) else ((r, i) for i, r in enumerate(builtin_rows(source), 1))
+        if isinstance(source, Path):
+            numbered = read_rows(source)
+        else:
+            numbered = ((row, number) for number, row in enumerate(builtin_rows(source), 1))
         for row, line in numbered:
             try:
                 segments = conversation_segments(tokenizer, to_messages(row, system), end_token)
@@ -636,7 +734,7 @@ def batches(sources, tokenizer, end_token, system, size=256):
         yield batch
 
 
-# ----------------------------------------------------------------------------------------------------------- packing
+# ------------------------------------------------------------------------------------------ packing
 
 def epoch_order(count, seed, epoch):
     """The order in which the rows of an epoch are seen: by seed and epoch alone."""
@@ -652,12 +750,13 @@ def batch_indices(count, batch_size, seed, step):
 def pack(lengths, costs, max_seq_len, num_ranks):
     """Packs the documents of a batch into rows: [micro_step][rank] -> list of document numbers.
 
-    All ranks meet at every micro-step, so a batch takes as long as the sum of each micro-step's dearest row. There are as
-    few micro-steps as best-fit packing allows; the longest documents are dealt out first, each to the cheapest row with
-    room; rows of like cost share a micro-step; then documents are exchanged as long as that makes a dearest row cheaper.
+    All ranks meet at every micro-step, so a batch takes as long as the sum of each micro-step's
+    dearest row. There are as few micro-steps as best-fit packing allows; the longest documents are
+    dealt out first, each to the cheapest row with room; rows of like cost share a micro-step; then
+    documents are exchanged as long as that makes a dearest row cheaper.
     """
     lengths, costs = np.asarray(lengths), np.asarray(costs, float)
-    assert lengths.max() <= max_seq_len, f"a document of {lengths.max()} tokens, rows of {max_seq_len}"
+    assert lengths.max() <= max_seq_len, f"{lengths.max()} tokens in rows of {max_seq_len}"
     order = np.argsort(-lengths, kind="stable")
     tight = best_fit(order, lengths, max_seq_len)
     num_rows = -(-(tight.max() + 1) // num_ranks) * num_ranks
@@ -671,7 +770,8 @@ def pack(lengths, costs, max_seq_len, num_ranks):
 
 
 def best_fit(order, lengths, capacity):
-    """The row of each document when each in turn goes to the fullest row that has room, or to a new one."""
+    """The row of each document when each in turn goes to the fullest row that has room, or to a new
+    one."""
     row_of, room = np.zeros(len(order), int), []
     for i in order:
         fitting = [r for r in range(len(room)) if room[r] >= lengths[i]]
@@ -684,7 +784,8 @@ def best_fit(order, lengths, capacity):
 
 
 def deal(order, lengths, costs, capacity, num_rows):
-    """Each document in turn to the cheapest row that has room: its row, or None where one finds no room."""
+    """Each document in turn to the cheapest row that has room: its row, or None where one finds no
+    room."""
     row_of, room, cost = np.zeros(len(order), int), np.full(num_rows, capacity), np.zeros(num_rows)
     for i in order:
         row = np.where(room >= lengths[i], cost, np.inf).argmin()
@@ -697,11 +798,13 @@ def deal(order, lengths, costs, capacity, num_rows):
 
 
 def exchange(row_of, lengths, costs, capacity, num_rows, num_ranks, tolerance=1.005, rounds=200):
-    """Improves row_of in place: swaps a document of a micro-step's dearest row for one (or none) of another row, the best
-    such swap each time, until all micro-steps are even or nothing helps."""
+    """Improves row_of in place: swaps a document of a micro-step's dearest row for one (or none) of
+    another row, the best such swap each time, until all micro-steps are even or nothing helps."""
     step_of = np.arange(num_rows) // num_ranks
-    # the candidates to come back: every document, and for every row "none", of no length and no cost
-    lengths, costs = np.append(lengths, np.zeros(num_rows, int)), np.append(costs, np.zeros(num_rows))
+    # the candidates to come back: every document, and for every row "none", of no length and no
+    # cost
+    lengths, costs = np.append(lengths, np.zeros(num_rows, int)), np.append(costs,
+                                                                            np.zeros(num_rows))
     row_of_all = np.append(row_of, np.arange(num_rows))
     for _ in range(rounds):
         improved = False
@@ -712,7 +815,8 @@ def exchange(row_of, lengths, costs, capacity, num_rows, num_ranks, tolerance=1.
             row = step * num_ranks + row_cost[step * num_ranks:(step + 1) * num_ranks].argmax()
             if row_cost[row] <= tolerance * row_cost[step_of == step].mean():
                 continue
-            mine = np.flatnonzero(row_of_all[:len(row_of)] == row)[:, None]  # (documents of the row, 1)
+            # (documents of the row, 1)
+            mine = np.flatnonzero(row_of_all[:len(row_of)] == row)[:, None]
             other_row = row_of_all[None]  # (1, candidates)
             gain, growth = costs[mine] - costs[None], lengths[mine] - lengths[None]
             after, other_after = row_cost[row] - gain, row_cost[other_row] + gain
@@ -740,10 +844,11 @@ def imbalance(packed, costs):
 
 
 def assemble(rows, documents):
-    """Documents (row numbers) of one packed row -> input_ids, targets (1, T) int64 arrays and the document lengths.
+    """Documents (row numbers) of one packed row -> input_ids, targets (1, T) int64 arrays and the
+    document lengths.
 
-    Targets are shifted within each document. A row without documents is one token without a target: every rank must take
-    part in every micro-step.
+    Targets are shifted within each document. A row without documents is one token without a target:
+    every rank must take part in every micro-step.
     """
     ids, targets, lengths = [], [], []
     for tokens, mask in (rows[i] for i in documents):
@@ -755,7 +860,7 @@ def assemble(rows, documents):
     return np.concatenate(ids)[None], np.concatenate(targets)[None], lengths
 
 
-# ------------------------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------------- the command
 
 def histogram(lengths, width=50, bins=12):
     edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1).astype(int))
@@ -770,12 +875,14 @@ def coloured(tokenizer, tokens, mask, limit=400):
     for span in spans:
         text = tokenizer.decode(tokens[span].tolist())
         if len(text) > limit:
-            text = f"{text[:limit // 2]} ... {len(text) - limit:,} characters ... {text[-limit // 2:]}"
+            hidden = f" ... {len(text) - limit:,} characters ... "
+            text = text[:limit // 2] + hidden + text[-limit // 2:]
         yield f"\033[{32 if mask[span[0]] else 90}m{text}\033[0m"
 
 
 def one_line_errors(main):
-    """Runs a script's main: what a user can get wrong ends in one line on stderr and exit status 2."""
+    """Runs a script's main: what a user can get wrong ends in one line on stderr and exit status
+    2."""
     try:
         main()
     except KeyboardInterrupt:
@@ -785,7 +892,9 @@ def one_line_errors(main):
         sys.exit(0)
     except (ValueError, OSError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
-            text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+            text = str(error)
+            if getattr(error, "filename", None):
+                text = f"{error.filename}: {error.strerror}"
             print("error: " + " ".join(text.split()), file=sys.stderr)
         sys.exit(2)
 
@@ -793,14 +902,19 @@ def one_line_errors(main):
 def main():
     parser = argparse.ArgumentParser(description="Shows what train.py will see of some data.")
     parser.add_argument("data", nargs="+", help="files, hub data sets or builtin:...")
-    parser.add_argument("--model", required=True, help="folder, hub name or builtin:tiny: tokenizer and context length")
-    parser.add_argument("--max_seq_len", type=int, help="tokens of a packed row (16384, or the model's positions if fewer)")
-    parser.add_argument("--batch_size", type=int, default=96, help="examples of one optimizer step (96)")
+    parser.add_argument("--model", required=True,
+                        help="folder, hub name or builtin:tiny: tokenizer and context length")
+    parser.add_argument("--max_seq_len", type=int,
+                        help="tokens of a packed row (16384, or the model's positions if fewer)")
+    parser.add_argument("--batch_size", type=int, default=96,
+                        help="examples of one optimizer step (96)")
     parser.add_argument("--num_ranks", type=int, default=8, help="GPUs to plan the packing for (8)")
     parser.add_argument("--seed", type=int, default=42, help="of the order (42)")
     parser.add_argument("--end_token", help="end of an assistant's turn, instead of the template's")
-    parser.add_argument("--system", default="skyt1", help="system prompt of kept samples: skyt1, qwq, none, or a text")
-    parser.add_argument("--as_published", action="store_true", help="keep duplicates, truncate long rows")
+    parser.add_argument("--system", default="skyt1",
+                        help="system prompt of kept samples: skyt1, qwq, none, or a text")
+    parser.add_argument("--as_published", action="store_true",
+                        help="keep duplicates, truncate long rows")
     parser.add_argument("--cache", help="folder of the token cache (~/.cache/sky-t1)")
     parser.add_argument("--row", type=int, default=0, help="the kept row to show (0)")
     args = parser.parse_args()
@@ -811,23 +925,29 @@ def main():
     model_dir = find_model(args.model, weights=False)
     tokenizer, config = load_tokenizer(model_dir), Qwen2Config.from_pretrained(model_dir)
     check_against_model(args, config, tokenizer)
-    rows = load_rows(args.data, tokenizer, args.max_seq_len, args.end_token, args.system, args.as_published, args.cache)
+    rows = load_rows(args.data, tokenizer, args.max_seq_len, args.end_token, args.system,
+                     args.as_published, args.cache)
     if not 0 <= args.row < len(rows):
         raise ValueError(f"--row {args.row}: the rows kept are 0 to {len(rows) - 1}")
     print("  ".join(f"{name}: {count:,}" for name, count in rows.counts.items()))
     lengths = rows.lengths
     print(f"tokens: {lengths.sum():,}, targets {rows.num_targets.sum() / lengths.sum():.1%}; "
-          f"mean {lengths.mean():,.0f}, median {np.median(lengths):,.0f}, longest {lengths.max():,}")
+          f"mean {lengths.mean():,.0f}, median {np.median(lengths):,.0f}, "
+          f"longest {lengths.max():,}")
     print("\n".join(histogram(lengths)))
-    costs, used, computed, excess, steps = np.array([config.train_flops(n) for n in lengths]), 0, 0, [], 0
+    costs, used, computed, excess, steps = np.array([config.train_flops(n)
+                                                     for n in lengths]), 0, 0, [], 0
     for step in range(min(20, -(-len(rows) // args.batch_size))):
         batch = batch_indices(len(rows), args.batch_size, args.seed, step)
         packed = pack(lengths[batch], costs[batch], args.max_seq_len, args.num_ranks)
-        used, computed = used + lengths[batch].sum(), computed + len(packed) * args.num_ranks * args.max_seq_len
+        used += lengths[batch].sum()
+        computed += len(packed) * args.num_ranks * args.max_seq_len
         excess.append(imbalance(packed, costs[batch]))
         steps += len(packed)
-    print(f"packing on {args.num_ranks} ranks ({len(excess)} batches of {args.batch_size}): {steps / len(excess):.1f} micro-steps "
-          f"a batch, rows of {args.max_seq_len:,} filled {used / computed:.1%} (no padding is computed), "
+    print(f"packing on {args.num_ranks} ranks ({len(excess)} batches of {args.batch_size}): "
+          f"{steps / len(excess):.1f} micro-steps "
+          f"a batch, rows of {args.max_seq_len:,} filled {used / computed:.1%} (no padding is "
+          f"computed), "
           f"cost max/mean {np.mean(excess):.3f}")
     print(f"\nrow {args.row} ({rows.where(args.row)}), targets in green:")
     print("".join(coloured(tokenizer, *rows[args.row])))

@@ -1,18 +1,21 @@
-"""Qwen2, every size from 0.5B to 72B: configuration, layers, loss, and reading and writing of safetensors.
+"""Qwen2, every size from 0.5B to 72B: configuration, layers, loss, and reading and writing of
+safetensors.
 
-Also the architecture of Qwen2.5, QwQ-32B-Preview, Sky-T1-32B-Preview and DeepSeek-R1-Distill-Qwen. Modules and configuration
-fields carry the names of the published checkpoints, so that loading and saving need no table of names:
+Also the architecture of Qwen2.5, QwQ-32B-Preview, Sky-T1-32B-Preview and DeepSeek-R1-Distill-Qwen.
+Modules and configuration fields carry the names of the published checkpoints, so that loading and
+saving need no table of names:
 
     model = Qwen2.from_pretrained("path/to/Qwen2.5-0.5B-Instruct")
     logits = model(input_ids)                                          # (B, T, V)
-    loss = model(input_ids, targets, document_lengths=[900, 1148])     # summed over the targets, fp32
+    loss = model(input_ids, targets, document_lengths=[900, 1148])     # summed, fp32
 
-Sources: Qwen2.5 (arXiv 2412.15115); RMSNorm (1910.07467), rotary embedding (2104.09864), grouped-query attention
-(2305.13245), SwiGLU (2002.05202); the reference the tests compare with is transformers' models/qwen2/modeling_qwen2.py.
-Limits: no sliding-window attention, no rope scaling, no quantised weights: such a config.json is refused by field.
+Sources: Qwen2.5 (arXiv 2412.15115); RMSNorm (1910.07467), rotary embedding (2104.09864),
+grouped-query attention (2305.13245), SwiGLU (2002.05202); the reference the tests compare with is
+transformers' models/qwen2/modeling_qwen2.py. Limits: no sliding-window attention, no rope scaling,
+no quantised weights: such a config.json is refused by field.
 
-Shapes: B batch, T query tokens, S key tokens, C hidden_size, H query heads, Hkv key/value heads, D head_dim,
-I intermediate_size, V vocab_size, N tokens that have a target.
+Shapes: B batch, T query tokens, S key tokens, C hidden_size, H query heads, Hkv key/value heads, D
+head_dim, I intermediate_size, V vocab_size, N tokens that have a target.
 """
 import contextlib
 import json
@@ -28,20 +31,23 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = -100              # a target that is none: PyTorch's own default for cross_entropy's ignore_index
+# a target that is none: PyTorch's own default for cross_entropy's ignore_index
+IGNORE = -100
 MLP_TILE = 4096            # tokens of one tile of the MLP under recompute="tiled"
-LOSS_CHUNK = {"cuda": 2 ** 27, "cpu": 2 ** 25}  # logits held at once by the loss: 512 and 128 MiB in fp32
+# logits held at once by the loss: 512 and 128 MiB in fp32
+LOSS_CHUNK = {"cuda": 2 ** 27, "cpu": 2 ** 25}
 READ_BYTES = 2 ** 26       # weights are read in pieces of at most this size
 SHARD_BYTES = 5 * 10 ** 9  # size of one .safetensors file, as the published checkpoints have it
 
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-# ---------------------------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------ configuration
 
 @dataclass(frozen=True)
 class Qwen2Config:
-    """The fields of config.json that change what is computed, under their own names. Defaults are transformers'."""
+    """The fields of config.json that change what is computed, under their own names. Defaults are
+    transformers'."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -62,29 +68,35 @@ class Qwen2Config:
 
     @property
     def matmul_parameters(self):
-        """Weights that a token is multiplied with: all matrices but the embedding, which is looked up."""
+        """Weights that a token is multiplied with: all matrices but the embedding, which is looked
+        up."""
         C, D, Hkv = self.hidden_size, self.head_dim, self.num_key_value_heads
         attention = 2 * C * C + 2 * C * Hkv * D
-        return self.num_hidden_layers * (attention + 3 * C * self.intermediate_size) + self.vocab_size * C
+        block = attention + 3 * C * self.intermediate_size
+        return self.num_hidden_layers * block + self.vocab_size * C
 
     def train_flops(self, length):
-        """Floating-point operations to train on one document of `length` tokens: three times the forward pass, whose
-        products cost 2 a weight and token and whose causal attention 2 H D a layer and pair of tokens."""
+        """Floating-point operations to train on one document of `length` tokens: three times the
+        forward pass, whose products cost 2 a weight and token and whose causal attention 2 H D a
+        layer and pair of tokens."""
         attention = self.num_hidden_layers * 2 * self.hidden_size * length ** 2
         return 3 * (2 * self.matmul_parameters * length + attention)
 
     @classmethod
     def from_pretrained(cls, model_dir):
-        """Reads config.json of transformers 4 (`rope_theta`) and 5 (`rope_parameters`), or a BUILTIN name.
+        """Reads config.json of transformers 4 (`rope_theta`) and 5 (`rope_parameters`), or a
+        BUILTIN name.
 
-        Raises FileNotFoundError without the file, ValueError for a file that is not such a configuration, lacks a field
-        or asks for something that is not built here; the message names file, field and value.
+        Raises FileNotFoundError without the file, ValueError for a file that is not such a
+        configuration, lacks a field or asks for something that is not built here; the message names
+        file, field and value.
         """
         if model_dir in BUILTIN:
             return BUILTIN[model_dir]
         path = Path(model_dir) / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: --model wants a folder in Hugging Face layout")
+            raise FileNotFoundError(f"{path} does not exist: --model wants a folder in Hugging "
+                                    f"Face layout")
         try:
             raw = json.loads(path.read_text())
             assert isinstance(raw, dict)
@@ -103,27 +115,34 @@ class Qwen2Config:
         return config
 
     def check(self, path):
-        """Sizes must be positive integers that divide as the architecture needs: else ValueError."""
+        """Sizes must be positive integers that divide as the architecture needs: else
+        ValueError."""
         for f in fields(self)[:7]:
             value = getattr(self, f.name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{path}: {f.name} is {value!r}, must be a positive integer")
         for name in ("rms_norm_eps", "rope_theta"):
             if not isinstance(getattr(self, name), (int, float)) or getattr(self, name) <= 0:
-                raise ValueError(f"{path}: {name} is {getattr(self, name)!r}, must be a positive number")
-        for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
+                raise ValueError(f"{path}: {name} is {getattr(self, name)!r}, must be a positive "
+                                 f"number")
+        for whole, part in (("hidden_size", "num_attention_heads"),
+                            ("num_attention_heads", "num_key_value_heads")):
             if getattr(self, whole) % getattr(self, part):
-                raise ValueError(f"{path}: {whole} {getattr(self, whole)} is not divisible by {part} {getattr(self, part)}")
+                raise ValueError(f"{path}: {whole} {getattr(self, whole)} is not divisible by "
+                                 f"{part} {getattr(self, part)}")
 
     def save(self, model_dir, dtype):
         """Writes config.json in the layout that transformers 4 and 5 and vLLM read."""
-        raw = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "attention_dropout": 0.0,
-               **asdict(self), "use_sliding_window": False, "torch_dtype": str(dtype).removeprefix("torch.")}
+        raw = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+               "attention_dropout": 0.0,
+               **asdict(self), "use_sliding_window": False,
+               "torch_dtype": str(dtype).removeprefix("torch.")}
         write_durably(Path(model_dir) / "config.json", [json.dumps(raw, indent=2).encode() + b"\n"])
 
 
 def refuse_unsupported(path, raw, rope):
-    """ValueError for each field of config.json whose value this code would silently compute something else for."""
+    """ValueError for each field of config.json whose value this code would silently compute
+    something else for."""
     head_dim, heads = raw.get("head_dim"), raw.get("num_attention_heads")
 
     def scaled(rope):
@@ -142,20 +161,24 @@ def refuse_unsupported(path, raw, rope):
     }
     for field, is_refused in refused.items():
         if is_refused:
-            raise ValueError(f"{path}: {field} is {raw.get(field)!r}, which is not supported: this code is the plain Qwen2 "
+            raise ValueError(f"{path}: {field} is {raw.get(field)!r}, which is not supported: "
+                             f"this code is the plain Qwen2 "
                              "(full attention, default rope, silu, unquantised)")
 
 
 # A model to learn with: random weights, a byte-level tokenizer (data.py), a million parameters.
 BUILTIN = {"builtin:tiny": Qwen2Config(
-    vocab_size=259, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.06, eos_token_id=258)}
+    vocab_size=259, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+    initializer_range=0.06, eos_token_id=258)}
 
 
-# ----------------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------- layers
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * weight. F.rms_norm takes the statistic in fp32 and returns x's dtype."""
+    """x / sqrt(mean(x²) + eps) * weight. F.rms_norm takes the statistic in fp32 and returns x's
+    dtype."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -167,38 +190,49 @@ class RMSNorm(nn.Module):
 
 
 def rotary_embedding(position_ids, head_dim, theta, dtype):
-    """The cosines and sines that rotate each pair (i, i + D/2) of a head by position * theta^(-2i/D).
+    """The cosines and sines that rotate each pair (i, i + D/2) of a head by position *
+    theta^(-2i/D).
 
-    position_ids (B, T) -> cos, sin (B, 1, T, D). Angles are fp32: in bf16 position 257 would already be 256. They are
-    computed in each forward pass, as a stored table would be garbage after a meta-device start.
+    position_ids (B, T) -> cos, sin (B, 1, T, D). Angles are fp32: in bf16 position 257 would
+    already be 256. They are computed in each forward pass, as a stored table would be garbage after
+    a meta-device start.
     """
-    inverse_frequency = theta ** -(torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim)  # (D/2,)
+    # (D/2,)
+    inverse_frequency = theta ** -(torch.arange(0, head_dim, 2,
+                                                device=position_ids.device).float() / head_dim)
     angle = position_ids[:, None, :, None].float() * inverse_frequency  # (B, 1, T, D/2) fp32
     angle = torch.cat([angle, angle], dim=-1)  # (B, 1, T, D)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Applies the rotary embedding to x (B, H, T, D), in the checkpoints' split-half pairing of a head's elements."""
+    """Applies the rotary embedding to x (B, H, T, D), in the checkpoints' split-half pairing of a
+    head's elements."""
     left, right = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
     return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
-@torch.compiler.disable  # lengths differ in each row: compiled, each new one would cost a compilation
+# lengths differ in each row: compiled, each new one would cost a compilation
+@torch.compiler.disable
 def packed_attention(q, k, v, document_lengths):
-    """Causal attention within each document of a packed row: one SDPA call a document, never a T x T mask.
+    """Causal attention within each document of a packed row: one SDPA call a document, never a T x
+    T mask.
 
-    q (B, H, T, D), k and v (B, Hkv, T, D), lengths that sum to T (an int tensor on the CPU) -> (B, H, T, D).
+    q (B, H, T, D), k and v (B, Hkv, T, D), lengths that sum to T (an int tensor on the CPU) -> (B,
+    H, T, D).
     """
-    if q.is_cuda and q.dtype == torch.float32:  # the one CUDA kernel for fp32 without a T x T matrix wants as many k as q
+    # the one CUDA kernel for fp32 without a T x T matrix wants as many k as q
+    if q.is_cuda and q.dtype == torch.float32:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     documents = zip(*(t.split(document_lengths.tolist(), dim=2) for t in (q, k, v)))
-    y = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=k.shape[1] < q.shape[1]) for qkv in documents]
+    y = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
+         for qkv in documents]
     return y[0] if len(y) == 1 else torch.cat(y, dim=2)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H query heads share Hkv key/value heads. Only q, k and v have biases."""
+    """Grouped-query attention: H query heads share Hkv key/value heads. Only q, k and v have
+    biases."""
 
     def __init__(self, config):
         super().__init__()
@@ -213,7 +247,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
-        y = packed_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, document_lengths)  # (B, H, T, D)
+        # (B, H, T, D)
+        y = packed_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, document_lengths)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
@@ -231,7 +266,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x)). Shapes stay (B, T, C)."""
+    """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x)). Shapes stay (B, T,
+    C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -247,8 +283,9 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def forward(self, x, cos, sin, document_lengths, tile=None):
-        """`tile`: recompute both halves in the backward pass, the MLP in tiles of that many tokens. Its saved tensors
-        (5 I + 3 C a token) then exist for one tile at a time; the price is a second saved (B, T, C) a layer."""
+        """`tile`: recompute both halves in the backward pass, the MLP in tiles of that many tokens.
+        Its saved tensors (5 I + 3 C a token) then exist for one tile at a time; the price is a
+        second saved (B, T, C) a layer."""
         if tile is None:
             return self.transform(self.attend(x, cos, sin, document_lengths))
         x = recomputed(self.attend, x, cos, sin, document_lengths)
@@ -256,21 +293,24 @@ class Block(nn.Module):
 
 
 def recomputed(function, *args):
-    """function(*args), saving only the arguments for the backward pass. There is no dropout, so no RNG state to keep."""
+    """function(*args), saving only the arguments for the backward pass. There is no dropout, so no
+    RNG state to keep."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of a linear layer, summed, without the (N, V) logits: a chunk's logits live until its gradients are
-    taken, so memory is that of one chunk and of the weight's gradient. Both gradients are ready after the forward pass."""
+    """Cross-entropy of a linear layer, summed, without the (N, V) logits: a chunk's logits live
+    until its gradients are taken, so memory is that of one chunk and of the weight's gradient. Both
+    gradients are ready after the forward pass."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, with_gradients):
-        """x (N, C), weight (V, C), targets (N,) -> sum of -log softmax(x weightᵀ)[target], fp32."""
+        """x (N, C), weight (V, C), targets (N,) -> sum of -log softmax(x weightᵀ)[target]."""
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         if with_gradients:
             dx = torch.empty_like(x)
-            dweight = torch.zeros_like(weight, dtype=torch.float32)  # (V, C) fp32: sums over chunks would lose bits in bf16
+            # (V, C) fp32: sums over chunks would lose bits in bf16
+            dweight = torch.zeros_like(weight, dtype=torch.float32)
         chunk = max(1, LOSS_CHUNK[x.device.type] // len(weight))
         for start in range(0, len(x), chunk):
             rows = slice(start, start + chunk)
@@ -296,21 +336,25 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        (dx, dweight), ctx.gradients = ctx.gradients, None  # scaled in place, so never given out twice
+        # scaled in place, so never given out twice
+        (dx, dweight), ctx.gradients = ctx.gradients, None
         return dx.mul_(grad_loss), dweight.mul_(grad_loss), None, None
 
 
 class Head(nn.Module):
-    """lm_head. It computes the loss itself, as under FSDP its weight is whole only inside its own forward. A tied head
-    owns no weight, as its checkpoints have none, and is handed the embedding's."""
+    """lm_head. It computes the loss itself, as under FSDP its weight is whole only inside its own
+    forward. A tied head owns no weight, as its checkpoints have none, and is handed the
+    embedding's."""
 
     def __init__(self, config):
         super().__init__()
         tied = config.tie_word_embeddings
-        self.weight = None if tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.weight = None if tied else nn.Parameter(torch.empty(config.vocab_size,
+                                                                 config.hidden_size))
 
     def forward(self, x, targets=None, tied_weight=None):
-        """x (B, T, C) -> logits (B, T, V); with targets (B, T) the fp32 sum of their cross-entropies."""
+        """x (B, T, C) -> logits (B, T, V); with targets (B, T) the fp32 sum of their
+        cross-entropies."""
         weight = self.weight if tied_weight is None else tied_weight
         if targets is None:
             return F.linear(x, weight)
@@ -321,8 +365,9 @@ class Head(nn.Module):
 class Qwen2(nn.Module):
     """The whole model. `state_dict()` has the keys of the published checkpoints.
 
-    Attributes that trade memory for time: `recompute`, "none" (all activations are saved), "block" (a block saves its
-    input), "tiled" (see Block); `offload`, whether what recomputation saves waits in (pinned) host memory.
+    Attributes that trade memory for time: `recompute`, "none" (all activations are saved), "block"
+    (a block saves its input), "tiled" (see Block); `offload`, whether what recomputation saves
+    waits in (pinned) host memory.
     """
 
     def __init__(self, config):
@@ -338,24 +383,29 @@ class Qwen2(nn.Module):
     def forward(self, input_ids, targets=None, document_lengths=None, position_ids=None):
         """input_ids (B, T) -> logits (B, T, V) in the parameters' dtype.
 
-        With targets (B, T), already shifted, -100 where there is none: their summed cross-entropy instead, fp32 scalar.
-        document_lengths: a row (B = 1) is several documents that do not see each other and whose positions restart.
+        With targets (B, T), already shifted, -100 where there is none: their summed cross-entropy
+        instead, fp32 scalar. document_lengths: a row (B = 1) is several documents that do not see
+        each other and whose positions restart.
         """
         B, T = input_ids.shape
         if document_lengths is not None:
-            assert B == 1 and sum(document_lengths) == T, f"lengths {document_lengths} do not fill a row of {(B, T)}"
+            assert B == 1 and sum(document_lengths) == T, f"{document_lengths} do not fill {(B, T)}"
         document_lengths = document_lengths or [T]
         if position_ids is None:
-            position_ids = torch.cat([torch.arange(n) for n in document_lengths])[None].to(input_ids.device)
-        document_lengths = torch.tensor(document_lengths, device="cpu")  # a tensor, as torch.compile would guard a list's length
+            position_ids = torch.cat([torch.arange(n)
+                                      for n in document_lengths])[None].to(input_ids.device)
+        # a tensor, as torch.compile would guard a list's length
+        document_lengths = torch.tensor(document_lengths, device="cpu")
         x = self.model.embed_tokens(input_ids)  # (B, T, C)
-        cos, sin = rotary_embedding(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
+        cos, sin = rotary_embedding(position_ids, self.config.head_dim, self.config.rope_theta,
+                                    x.dtype)
         with self.boundaries():
             for block in self.model.layers:
                 if self.recompute == "block":
                     x = recomputed(block, x, cos, sin, document_lengths)
                 else:
-                    x = block(x, cos, sin, document_lengths, tile=MLP_TILE if self.recompute == "tiled" else None)
+                    x = block(x, cos, sin, document_lengths,
+                              tile=MLP_TILE if self.recompute == "tiled" else None)
         tied_weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else None
         return self.lm_head(self.model.norm(x), targets, tied_weight)
 
@@ -363,12 +413,13 @@ class Qwen2(nn.Module):
         """Where the saved block inputs wait for the backward pass."""
         if not self.offload:
             return contextlib.nullcontext()
-        assert self.recompute != "none", "offload moves what recomputation saves: without it that is every activation"
+        assert self.recompute != "none", "offload moves what recomputation saves: else everything"
         return torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
 
     @classmethod
     def from_pretrained(cls, model_dir, dtype=torch.float32, device="cpu"):
-        """Reads a folder in Hugging Face layout; raises FileNotFoundError or ValueError that name file and tensor."""
+        """Reads a folder in Hugging Face layout; raises FileNotFoundError or ValueError that name
+        file and tensor."""
         with torch.device("meta"):
             model = cls(Qwen2Config.from_pretrained(model_dir)).to(dtype)
         model.to_empty(device=device)
@@ -379,25 +430,27 @@ class Qwen2(nn.Module):
         return model
 
     def save_pretrained(self, model_dir, dtype=None, max_shard_bytes=SHARD_BYTES):
-        """Writes config.json and safetensors, in the parameters' dtype unless one is given. Under FSDP every rank must
-        call it; rank 0 writes."""
+        """Writes config.json and safetensors, in the parameters' dtype unless one is given. Under
+        FSDP every rank must call it; rank 0 writes."""
         dtype = dtype or next(self.parameters()).dtype
         together(lambda: Path(model_dir).mkdir(parents=True, exist_ok=True))
         save_weights(self, model_dir, dtype, max_shard_bytes)
         together(lambda: self.config.save(model_dir, dtype))
 
 
-# ---------------------------------------------------------------------------------------------- weights on the disk
+# ------------------------------------------------------------------------------ weights on the disk
 
 def global_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def local_part(parameter):
-    """This process's tensor of a parameter and its first row in the whole: FSDP cuts axis 0 as torch.chunk does."""
+    """This process's tensor of a parameter and its first row in the whole: FSDP cuts axis 0 as
+    torch.chunk does."""
     if not isinstance(parameter, DTensor):
         return parameter.data, 0
-    (axis, size, index), = [(p.dim, parameter.device_mesh.size(i), parameter.device_mesh.get_local_rank(i))
+    (axis, size,
+     index), = [(p.dim, parameter.device_mesh.size(i), parameter.device_mesh.get_local_rank(i))
                             for i, p in enumerate(parameter.placements) if p.is_shard()]
     assert axis == 0, f"cut along axis {axis}"
     return parameter.to_local(), min(-(-parameter.shape[0] // size) * index, parameter.shape[0])
@@ -405,26 +458,31 @@ def local_part(parameter):
 
 @torch.no_grad()
 def init_weights(model, seed):
-    """Random weights that do not depend on how the model is sharded: matrices normal, norms one, biases zero."""
+    """Random weights that do not depend on how the model is sharded: matrices normal, norms one,
+    biases zero."""
     for number, (name, parameter) in enumerate(model.named_parameters()):
         local, start = local_part(parameter)
         if name.endswith("bias") or "norm" in name:
             local.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             generator = torch.Generator().manual_seed(seed * 100_003 + number)
-            whole = torch.randn(parameter.shape, generator=generator) * model.config.initializer_range
+            whole = torch.randn(parameter.shape,
+                                generator=generator) * model.config.initializer_range
             local.copy_(whole[start:start + len(local)])
 
 
 def weight_files(model_dir):
-    """The file of each tensor name: from model.safetensors.index.json, else from the one model.safetensors."""
+    """The file of each tensor name: from model.safetensors.index.json, else from the one
+    model.safetensors."""
     model_dir = Path(model_dir)
     index, single = model_dir / "model.safetensors.index.json", model_dir / "model.safetensors"
     if index.is_file():
         try:
-            return {name: model_dir / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            return {name: model_dir / file
+                    for name, file in json.loads(index.read_text())["weight_map"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is not an index of weights ({error!r}): download it again") from None
+            raise ValueError(f"{index} is not an index of weights ({error!r}): "
+                             "download it again") from None
     with open_safetensors(single) as file:
         return {name: single for name in file.keys()}
 
@@ -435,18 +493,21 @@ def open_safetensors(path):
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): download it again") from None
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): download it "
+                         f"again") from None
 
 
 @torch.no_grad()
 def load_weights(model, model_dir):
-    """Fills the parameters, strictly. Each process reads only its own rows, a piece at a time, so that host memory never
-    holds more than its shard and READ_BYTES. Raises before anything is trained on: missing or unexpected names, shapes,
-    types, truncated files."""
+    """Fills the parameters, strictly. Each process reads only its own rows, a piece at a time, so
+    that host memory never holds more than its shard and READ_BYTES. Raises before anything is
+    trained on: missing or unexpected names, shapes, types, truncated files."""
     files, parameters = weight_files(model_dir), dict(model.named_parameters())
-    if model.config.tie_word_embeddings:  # some tied checkpoints repeat the embedding under this name
+    # some tied checkpoints repeat the embedding under this name
+    if model.config.tie_word_embeddings:
         files.pop("lm_head.weight", None)
-    for problem, names in (("lacks", parameters.keys() - files.keys()), ("has unexpected", files.keys() - parameters.keys())):
+    for problem, names in (("lacks", parameters.keys() - files.keys()),
+                           ("has unexpected", files.keys() - parameters.keys())):
         if names:
             raise ValueError(f"{model_dir} {problem} {len(names)} tensors, such as {min(names)}: "
                              "are config.json and the weights of one model?")
@@ -455,15 +516,18 @@ def load_weights(model, model_dir):
             present = set(file.keys())
             for name in (n for n, f in files.items() if f == path):
                 if name not in present:
-                    raise ValueError(f"{path} lacks {name}, which the index places there: download it again")
+                    raise ValueError(f"{path} lacks {name}, which the index places there: "
+                                     f"download it again")
                 load_tensor(parameters[name], file.get_slice(name), f"{path}: {name}")
 
 
 def load_tensor(parameter, source, where):
     if list(parameter.shape) != source.get_shape():
-        raise ValueError(f"{where} has shape {source.get_shape()}, config.json asks for {list(parameter.shape)}")
+        raise ValueError(f"{where} has shape {source.get_shape()}, config.json asks for "
+                         f"{list(parameter.shape)}")
     if source.get_dtype() not in SAFETENSORS_DTYPES.values():
-        raise ValueError(f"{where} has type {source.get_dtype()}, must be one of {list(SAFETENSORS_DTYPES.values())}")
+        raise ValueError(f"{where} has type {source.get_dtype()}, must be one of "
+                         f"{list(SAFETENSORS_DTYPES.values())}")
     local, start = local_part(parameter)
     step = max(1, READ_BYTES // (4 * max(1, local[:1].numel())))
     for row in range(0, len(local), step):
@@ -473,8 +537,9 @@ def load_tensor(parameter, source, where):
 
 @torch.no_grad()
 def save_weights(model, model_dir, dtype, max_shard_bytes=SHARD_BYTES):
-    """Streams the state dict into files of at most max_shard_bytes, one whole tensor in memory at a time. Written aside
-    and renamed, the index last. A failed write (a full disk) raises OSError, on every rank."""
+    """Streams the state dict into files of at most max_shard_bytes, one whole tensor in memory at a
+    time. Written aside and renamed, the index last. A failed write (a full disk) raises OSError, on
+    every rank."""
     model_dir, state = Path(model_dir), model.state_dict()
     size = {name: t.numel() * dtype.itemsize for name, t in state.items()}
     shards = [[]]
@@ -500,13 +565,17 @@ def save_weights(model, model_dir, dtype, max_shard_bytes=SHARD_BYTES):
             yield tensor.contiguous().cpu().view(torch.uint8).numpy()
 
     def finish():
-        stale = {*model_dir.glob("model*.safetensors"), *model_dir.glob("model.safetensors.index.json")}
+        stale = {*model_dir.glob("model*.safetensors"),
+                 *model_dir.glob("model.safetensors.index.json")}
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(size.values())},
-                     "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
-            write_durably(model_dir / "model.safetensors.index.json", [json.dumps(index, indent=2).encode()])
+                     "weight_map": {name: file for file, shard in zip(names, shards)
+                                    for name in shard}}
+            write_durably(model_dir / "model.safetensors.index.json",
+                          [json.dumps(index, indent=2).encode()])
             stale.discard(model_dir / "model.safetensors.index.json")
-        for path in stale - {model_dir / name for name in names}:  # of an earlier save with other shards
+        # of an earlier save with other shards
+        for path in stale - {model_dir / name for name in names}:
             path.unlink()
 
     for name, shard in zip(names, shards):
@@ -516,7 +585,8 @@ def save_weights(model, model_dir, dtype, max_shard_bytes=SHARD_BYTES):
 
 
 def write_durably(path, pieces):
-    """Writes an iterable of buffers beside `path`, makes it durable, renames it: the name never holds half a file."""
+    """Writes an iterable of buffers beside `path`, makes it durable, renames it: the name never
+    holds half a file."""
     aside = path.with_name(path.name + ".tmp")
     try:
         with open(aside, "wb") as file:
@@ -541,8 +611,9 @@ def sync_folder(path):
 
 
 def together(write, gathered=()):
-    """write() on rank 0; its failure is raised on every rank. `gathered`, whose items are tensors collected from all
-    ranks and which write() consumes, is run through on the others, and to its end where writing failed."""
+    """write() on rank 0; its failure is raised on every rank. `gathered`, whose items are tensors
+    collected from all ranks and which write() consumes, is run through on the others, and to its
+    end where writing failed."""
     error = None
     if global_rank() == 0:
         try:

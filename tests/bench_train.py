@@ -1,11 +1,12 @@
 """Benchmarks of training, each against the usual way in the same run. Not collected by pytest.
 
-    python tests/bench_train.py loss                               # the chunked loss beside plain logits and cross_entropy
-    python tests/bench_train.py step --model DIR --data FILE       # train.py beside a transformers loop, target tokens a second
-    python tests/bench_train.py blocks                             # one GPU: blocks of 32B's shape at 16,384 tokens
+    python tests/bench_train.py loss                            # chunked loss, plain cross_entropy
+    python tests/bench_train.py step --model DIR --data FILE    # train.py, a transformers loop
+    python tests/bench_train.py blocks                          # one GPU: 32B's blocks, 16,384 tokens
 
-Every variant runs in a process of its own, so that its peak memory is its own; variants take turns, so that a noisy machine
-disturbs them alike; the ratios of medians are what to quote. `step` needs transformers installed.
+Every variant runs in a process of its own, so that its peak memory is its own; variants take turns,
+so that a noisy machine disturbs them alike; the ratios of medians are what to quote. `step` needs
+transformers installed.
 """
 import argparse
 import json
@@ -35,10 +36,11 @@ def resident_bytes():
 def worker(*arguments):
     """Runs one variant in a fresh process; its last line of output is its result."""
     command = [sys.executable, __file__, "worker", *map(str, arguments)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE,
+                                     text=True).stdout.splitlines()[-1])
 
 
-# -------------------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 LOSS_SHAPE = dict(T=8192, C=896, V=151936)  # half a row of Qwen2.5-0.5B
 
@@ -68,17 +70,21 @@ def bench_loss(repeats):
         table(f"loss, {LOSS_SHAPE}, {dtype}", results, "plain")
 
 
-# -------------------------------------------------------------------------------------------------------------- step
+# --------------------------------------------------------------------------------------------- step
 
-def transformers_worker(model_dir, data_files, batch_size, micro_batch, recompute, steps, max_seq_len):
-    """A plain loop with transformers' model as its Trainer runs it in bf16: fp32 weights under autocast, SDPA, padded
-    micro-batches, examples of a batch sorted by length (group_by_length) so that little is padded."""
+def transformers_worker(model_dir, data_files, batch_size, micro_batch, recompute, steps,
+                        max_seq_len):
+    """A plain loop with transformers' model as its Trainer runs it in bf16: fp32 weights under
+    autocast, SDPA, padded micro-batches, examples of a batch sorted by length (group_by_length) so
+    that little is padded."""
     from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForCausalLM
 
     import data
-    rows = data.load_rows(data_files.split(","), data.load_tokenizer(model_dir), max_seq_len, quiet=True)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="sdpa")
+    rows = data.load_rows(data_files.split(","), data.load_tokenizer(model_dir), max_seq_len,
+                          quiet=True)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32,
+                                                 attn_implementation="sdpa")
     model.train()
     if recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -91,12 +97,17 @@ def transformers_worker(model_dir, data_files, batch_size, micro_batch, recomput
         targets.append(int(rows.num_targets[batch].sum()))
         for i in range(0, len(batch), micro_batch):
             examples = [rows[j] for j in batch[i:i + micro_batch]]
-            ids = pad_sequence([torch.from_numpy(tokens) for tokens, _ in examples], batch_first=True)
-            attention = pad_sequence([torch.ones(len(tokens), dtype=torch.long) for tokens, _ in examples], batch_first=True)
-            labels = pad_sequence([torch.where(torch.tensor(mask == 1), torch.from_numpy(tokens), -100)
-                                   for tokens, mask in examples], batch_first=True, padding_value=-100)
+            ids = pad_sequence([torch.from_numpy(tokens) for tokens, _ in examples],
+                               batch_first=True)
+            attention = pad_sequence([torch.ones(len(tokens), dtype=torch.long)
+                                      for tokens, _ in examples], batch_first=True)
+            labels = pad_sequence([torch.where(torch.tensor(mask == 1), torch.from_numpy(tokens),
+                                               -100)
+                                   for tokens, mask in examples], batch_first=True,
+                                  padding_value=-100)
             with torch.autocast("cpu", torch.bfloat16):
-                loss = model(input_ids=ids, attention_mask=attention, labels=labels, num_items_in_batch=targets[-1]).loss
+                loss = model(input_ids=ids, attention_mask=attention, labels=labels,
+                             num_items_in_batch=targets[-1]).loss
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -104,20 +115,27 @@ def transformers_worker(model_dir, data_files, batch_size, micro_batch, recomput
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
         losses.append(total)
-    return dict(seconds=statistics.median(seconds[1:]), bytes=peak_bytes(), rate=sum(targets[1:]) / sum(seconds[1:]), losses=losses)
+    return dict(seconds=statistics.median(seconds[1:]), bytes=peak_bytes(),
+                rate=sum(targets[1:]) / sum(seconds[1:]), losses=losses)
 
 
 def train_worker(model_dir, data_files, batch_size, recompute, steps, max_seq_len):
     """train.py itself, in one process; what its metrics.jsonl says."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, ROOT / "train.py", "--model", model_dir, "--data", *data_files.split(","), "--out",
-                        f"{folder}/out", "--batch_size", str(batch_size), "--max_steps", str(steps), "--max_seq_len",
-                        str(max_seq_len), "--warmup_ratio", "0", "--recompute", recompute, "--save_steps", "1000000"],
+        subprocess.run([sys.executable, ROOT / "train.py", "--model", model_dir, "--data",
+                        *data_files.split(","), "--out",
+                        f"{folder}/out", "--batch_size", str(batch_size), "--max_steps", str(steps),
+                        "--max_seq_len",
+                        str(max_seq_len), "--warmup_ratio", "0", "--recompute", recompute,
+                        "--save_steps", "1000000"],
                        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        lines = [json.loads(line) for line in Path(f"{folder}/out/metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line)
+                 for line in Path(f"{folder}/out/metrics.jsonl").read_text().splitlines()]
     later = lines[1:]
-    return dict(seconds=statistics.median(line["seconds"] for line in later), bytes=lines[-1]["memory_gib"] * 2 ** 30,
-                rate=sum(line["num_target_tokens"] for line in later) / sum(line["seconds"] for line in later),
+    return dict(seconds=statistics.median(line["seconds"] for line in later),
+                bytes=lines[-1]["memory_gib"] * 2 ** 30,
+                rate=sum(line["num_target_tokens"] for line in later) / sum(line["seconds"]
+                                                                            for line in later),
                 losses=[line["loss"] for line in lines])
 
 
@@ -125,7 +143,8 @@ def bench_step(args):
     common = (args.model, ",".join(args.data), args.batch_size)
     variants = {f"transformers, {micro} rows{', checkpointing' if recompute else ''}": ("transformers", *common, micro, recompute)
                 for micro in args.micro_batches for recompute in args.checkpointing}
-    variants |= {f"train.py, recompute {recompute}": ("train", *common, recompute) for recompute in args.recompute}
+    variants |= {f"train.py, recompute {recompute}": ("train", *common, recompute)
+                 for recompute in args.recompute}
     results = {name: [] for name in variants}
     for repeat in range(args.repeats):
         for name, arguments in variants.items():
@@ -138,28 +157,34 @@ def bench_step(args):
 
 
 def table(title, results, base):
-    median = {name: {key: statistics.median(r[key] for r in runs) for key in ("seconds", "bytes", "rate") if key in runs[0]}
+    median = {name: {key: statistics.median(r[key] for r in runs)
+                     for key in ("seconds", "bytes", "rate") if key in runs[0]}
               for name, runs in results.items()}
-    print(f"\n{title} (torch {torch.__version__}, {torch.get_num_threads()} threads, {len(results[base])} runs, medians)")
+    print(f"\n{title} (torch {torch.__version__}, {torch.get_num_threads()} threads, "
+          f"{len(results[base])} runs, medians)")
     for name, row in median.items():
         rate = f"{row['rate']:9,.0f} target tokens/s, " if "rate" in row else ""
         speed = row["rate"] / median[base]["rate"] if rate else median[base]["seconds"] / row["seconds"]
-        print(f"  {name:36} {row['seconds']:7.2f} s, {rate}{row['bytes'] / 2 ** 30:6.2f} GiB;  speed x {speed:.2f}, "
+        print(f"  {name:36} {row['seconds']:7.2f} s, {rate}{row['bytes'] / 2 ** 30:6.2f} GiB;  "
+              f"speed x {speed:.2f}, "
               f"memory x {row['bytes'] / median[base]['bytes']:.2f}")
 
 
-# ------------------------------------------------------------------------------------------------------------ blocks
+# ------------------------------------------------------------------------------------------- blocks
 
 def blocks_variant(kind, recompute, layers, tokens, steps=6):
-    """Forward and backward of `layers` blocks of Qwen2.5-32B's shape, one document of `tokens` tokens, bf16, on one GPU."""
+    """Forward and backward of `layers` blocks of Qwen2.5-32B's shape, one document of `tokens`
+    tokens, bf16, on one GPU."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from model import Qwen2, Qwen2Config
-    config = Qwen2Config(vocab_size=256, hidden_size=5120, intermediate_size=27648, num_hidden_layers=layers,
+    config = Qwen2Config(vocab_size=256, hidden_size=5120, intermediate_size=27648,
+                         num_hidden_layers=layers,
                          num_attention_heads=40, num_key_value_heads=8)
     if kind == "transformers":
         import transformers
-        fields = dict(vocab_size=256, hidden_size=5120, intermediate_size=27648, num_hidden_layers=layers,
+        fields = dict(vocab_size=256, hidden_size=5120, intermediate_size=27648,
+                      num_hidden_layers=layers,
                       num_attention_heads=40, num_key_value_heads=8, tie_word_embeddings=False)
         with torch.device("cuda"):
             model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**fields)).to(torch.bfloat16)
@@ -188,16 +213,20 @@ def blocks_variant(kind, recompute, layers, tokens, steps=6):
             torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
     seconds = statistics.median(times[2:])
-    return dict(seconds=seconds, bytes=torch.cuda.max_memory_allocated(), mfu=config.train_flops(tokens) / seconds / 989e12)
+    return dict(seconds=seconds, bytes=torch.cuda.max_memory_allocated(),
+                mfu=config.train_flops(tokens) / seconds / 989e12)
 
 
 def bench_blocks(args):
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {args.layers} blocks of 32B's shape, {args.tokens} tokens")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {args.layers} blocks of "
+          f"32B's shape, {args.tokens} tokens")
     for kind in ("flash", "cudnn", "transformers"):
-        for recompute in ("block",) if kind == "transformers" else ("none", "block", "tiled", "block+compile"):
+        for recompute in ("block",) if kind == "transformers" else ("none", "block", "tiled",
+                                                                    "block+compile"):
             try:
                 row = worker("blocks", kind, recompute, args.layers, args.tokens)
-                print(f"  {kind:12} recompute {recompute:14} {row['seconds']:.3f} s  {row['bytes'] / 2 ** 30:5.1f} GiB  MFU {row['mfu']:.1%}")
+                print(f"  {kind:12} recompute {recompute:14} {row['seconds']:.3f} s  "
+                      f"{row['bytes'] / 2 ** 30:5.1f} GiB  MFU {row['mfu']:.1%}")
             except subprocess.CalledProcessError:
                 print(f"  {kind:12} recompute {recompute:14} failed (memory, or not installed)")
 
@@ -206,24 +235,29 @@ def main():
     if sys.argv[1:2] == ["worker"]:
         kind, *rest = sys.argv[2:]
         rest = [int(r) if r.isdigit() else r for r in rest]
-        function = {"loss": loss_worker, "transformers": transformers_worker, "train": train_worker, "blocks": blocks_variant}[kind]
+        function = {"loss": loss_worker, "transformers": transformers_worker, "train": train_worker,
+                    "blocks": blocks_variant}[kind]
         print(json.dumps(function(*rest)))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["loss", "step", "blocks"])
     parser.add_argument("--model", help="a folder, for step")
     parser.add_argument("--data", nargs="+", help="training rows, for step")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--micro_batches", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--checkpointing", type=int, nargs="+", default=[0, 1], help="of transformers")
-    parser.add_argument("--recompute", nargs="+", default=["none", "block", "tiled"], help="of train.py")
+    parser.add_argument("--checkpointing", type=int, nargs="+", default=[0, 1],
+                        help="of transformers")
+    parser.add_argument("--recompute", nargs="+", default=["none", "block", "tiled"],
+                        help="of train.py")
     parser.add_argument("--max_seq_len", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=16384)
     args = parser.parse_args()
-    {"loss": lambda: bench_loss(args.repeats), "step": lambda: bench_step(args), "blocks": lambda: bench_blocks(args)}[args.what]()
+    {"loss": lambda: bench_loss(args.repeats), "step": lambda: bench_step(args),
+     "blocks": lambda: bench_blocks(args)}[args.what]()
 
 
 if __name__ == "__main__":

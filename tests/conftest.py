@@ -1,4 +1,5 @@
-"""What several test files need: a small random model, a folder of it, scripts run as a user runs them."""
+"""What several test files need: a small random model, a folder of it, scripts run as a user runs
+them."""
 import json
 import os
 import subprocess
@@ -17,7 +18,8 @@ from model import Qwen2, Qwen2Config, init_weights  # noqa: E402
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than some seconds (left out by -m 'not slow')")
+    config.addinivalue_line("markers",
+                            "slow: takes more than some seconds (left out by -m 'not slow')")
 
 
 SHAPES = {  # what the published sizes differ in, in small
@@ -29,12 +31,15 @@ SHAPES = {  # what the published sizes differ in, in small
 
 
 def small_config(**changes):
-    return Qwen2Config(**{**dict(vocab_size=263, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512), **changes})
+    return Qwen2Config(**{**dict(vocab_size=263, hidden_size=64, intermediate_size=96,
+                                 num_hidden_layers=2,
+                                 num_attention_heads=4, num_key_value_heads=2,
+                                 max_position_embeddings=512), **changes})
 
 
 def small_model(seed=0, **changes):
-    """Random weights; biases and norms too, which a fresh model has at 0 and 1, where a fault could hide."""
+    """Random weights; biases and norms too, which a fresh model has at 0 and 1, where a fault could
+    hide."""
     model = Qwen2(small_config(initializer_range=0.1, **changes))
     init_weights(model, seed)
     torch.manual_seed(seed)
@@ -59,7 +64,9 @@ def rows_file(tmp_path):
     """Forty training rows of different lengths, in the recipe's layout."""
     path = tmp_path / "rows.jsonl"
     rows = [{"system": "s", "conversations": [{"from": "user", "value": f"count to {n}"},
-                                              {"from": "assistant", "value": " ".join(map(str, range(n)))}]} for n in range(1, 41)]
+                                              {"from": "assistant",
+                                               "value": " ".join(map(str, range(n)))}]}
+            for n in range(1, 41)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -67,8 +74,10 @@ def rows_file(tmp_path):
 def run_script(*args, processes=0, timeout=240, env=None, check=True):
     """Runs `python args`, or torchrun with so many processes. One thread each, no network."""
     command = [sys.executable, *map(str, args)] if not processes else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *map(str, args)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc_per_node={processes}", *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+           **(env or {})}
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done

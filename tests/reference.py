@@ -1,5 +1,6 @@
-"""Qwen2 once more, from the equations, in float64 and with none of the project's code: every pair of positions is scored
-under an explicit mask, heads are looped over, complex numbers rotate. Slow and plain; the layers are tested against it."""
+"""Qwen2 once more, from the equations, in float64 and with none of the project's code: every pair
+of positions is scored under an explicit mask, heads are looped over, complex numbers rotate. Slow
+and plain; the layers are tested against it."""
 import math
 
 import torch
@@ -10,17 +11,21 @@ def rms_norm(x, weight, eps):
 
 
 def rotate(x, positions, theta):
-    """x (T, D): element i and element i + D/2 are one complex number, turned by position * theta^(-2i/D)."""
+    """x (T, D): element i and element i + D/2 are one complex number, turned by position *
+    theta^(-2i/D)."""
     half = x.shape[-1] // 2
-    speed = torch.tensor([theta ** (-2 * i / x.shape[-1]) for i in range(half)], dtype=torch.float64)
-    turned = torch.complex(x[:, :half], x[:, half:]) * torch.exp(1j * positions[:, None].double() * speed)
+    speed = torch.tensor([theta ** (-2 * i / x.shape[-1]) for i in range(half)],
+                         dtype=torch.float64)
+    turned = torch.complex(x[:, :half],
+                           x[:, half:]) * torch.exp(1j * positions[:, None].double() * speed)
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 
 def visible(lengths):
     """(T, T): key j is seen by query i if it is of the same document and not later."""
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    return (document[:, None] == document[None]) & torch.ones(len(document), len(document)).tril().bool()
+    return (document[:, None] == document[None]) & torch.ones(len(document),
+                                                              len(document)).tril().bool()
 
 
 def attention(x, w, prefix, config, positions, seen):
@@ -43,7 +48,8 @@ def logits(w, config, ids, lengths=None):
     x = w["model.embed_tokens.weight"][ids]
     for layer in range(config.num_hidden_layers):
         name = f"model.layers.{layer}"
-        x = x + attention(rms_norm(x, w[f"{name}.input_layernorm.weight"], config.rms_norm_eps), w, f"{name}.self_attn", config,
+        x = x + attention(rms_norm(x, w[f"{name}.input_layernorm.weight"], config.rms_norm_eps), w,
+                          f"{name}.self_attn", config,
                           positions, seen)
         y = rms_norm(x, w[f"{name}.post_attention_layernorm.weight"], config.rms_norm_eps)
         gate, up = y @ w[f"{name}.mlp.gate_proj.weight"].T, y @ w[f"{name}.mlp.up_proj.weight"].T

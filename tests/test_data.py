@@ -14,16 +14,19 @@ import torch
 
 import data
 from conftest import ROOT, run_script, shared_file, small_config
-from data import (IGNORE, assemble, batch_indices, builtin_problems, builtin_tokenizer, encode_conversation, epoch_order,
+from data import (IGNORE, assemble, batch_indices, builtin_problems, builtin_tokenizer,
+                  encode_conversation, epoch_order,
                   imbalance, load_rows, load_tokenizer, pack, read_rows, render_chat, to_messages)
 from model import Qwen2Config
 
-USER, ASSISTANT = {"role": "user", "content": "Hi  there\n"}, {"role": "assistant", "content": "Hello!\n\n7 × 8 = 56"}
+USER, ASSISTANT = {"role": "user", "content": "Hi  there\n"}, {"role": "assistant",
+                                                               "content": "Hello!\n\n7 × 8 = 56"}
 CONVERSATIONS = {
     "one turn": [USER, ASSISTANT],
     "system": [{"role": "system", "content": "Be brief."}, USER, ASSISTANT],
     "two turns": [USER, ASSISTANT, USER, {"role": "assistant", "content": ""}],
-    "late system": [USER, ASSISTANT, {"role": "system", "content": "Now in French."}, USER, ASSISTANT],
+    "late system": [USER, ASSISTANT, {"role": "system", "content": "Now in French."}, USER,
+                    ASSISTANT],
     "open": [USER, ASSISTANT, USER],
 }
 
@@ -33,18 +36,20 @@ def qwen():
     return load_tokenizer(shared_file("qwen2.5-tokenizer/tokenizer.json").parent)
 
 
-# ------------------------------------------------------------------------------------- tokenizer and chat template
+# ---------------------------------------------------------------------- tokenizer and chat template
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("generate", [False, True])
 def test_render_chat_equals_the_published_template(qwen, name, generate):
     messages = CONVERSATIONS[name]
-    assert render_chat(messages, generate) == render_chat(messages, generate, template=qwen.template)
+    assert render_chat(messages, generate) == render_chat(messages, generate,
+                                                          template=qwen.template)
 
 
 def test_render_chat_adds_qwens_default_system_turn():
     assert render_chat([USER], add_generation_prompt=True) == (
-        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
+        "assistant.<|im_end|>\n"
         "<|im_start|>user\nHi  there\n<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -57,15 +62,19 @@ def test_a_template_cannot_reach_python():
 def test_targets_are_the_answers_and_their_end_tokens(qwen, name):
     messages = CONVERSATIONS[name]
     ids, mask = encode_conversation(qwen, messages)
-    assert ids == qwen.encode(render_chat(messages)) and len(ids) == len(mask) and set(mask) <= {0, 1}
+    assert ids == qwen.encode(render_chat(messages)) and len(ids) == len(mask) and set(mask) <= {0,
+                                                                                                 1}
     answers = "".join(m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant")
     assert qwen.decode([i for i, m in zip(ids, mask) if m]) == answers
     assert mask[-1] == 0 and qwen.decode(ids[-1:]) == "\n"  # the newline after the last end token
 
 
 def test_the_mask_goes_by_position_not_by_token(qwen):
-    """The user's text holds the end token; it must not become a target, nor hide the one that is."""
-    ids, mask = encode_conversation(qwen, [{"role": "user", "content": "<|im_end|><|endoftext|>"}, ASSISTANT])
+    """The user's text holds the end token; it must not become a target, nor hide the one that
+    is."""
+    ids, mask = encode_conversation(qwen,
+                                    [{"role": "user", "content": "<|im_end|><|endoftext|>"},
+                                     ASSISTANT])
     end = qwen.token_id("<|im_end|>")
     assert [m for i, m in zip(ids, mask) if i == end] == [0, 0, 0, 1]
 
@@ -87,30 +96,40 @@ def test_a_folder_with_another_template_is_rendered_from_it(tmp_path):
     tokenizer = builtin_tokenizer()
     tokenizer.save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(
-        "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|endoftext|>{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}")
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|endoftext|>{% endfor %}{% if "
+        "add_generation_prompt %}[assistant] {% endif %}")
     tokenizer = load_tokenizer(tmp_path)
     ids, mask = encode_conversation(tokenizer, [USER, ASSISTANT])
     assert tokenizer.end_token == "<|endoftext|>"
     assert tokenizer.decode(ids) == f"[user] {USER['content']}<|endoftext|>[assistant] {ASSISTANT['content']}<|endoftext|>"
-    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == ASSISTANT["content"] + "<|endoftext|>"
+    assert tokenizer.decode([i
+                             for i, m in zip(ids, mask)
+                             if m]) == ASSISTANT["content"] + "<|endoftext|>"
 
 
 def test_a_templates_begin_and_end_tokens_are_the_folders_own(tmp_path):
-    """As DeepSeek-R1-Distill's: it begins with bos, ends answers with eos, and opens the thought itself."""
+    """As DeepSeek-R1-Distill's: it begins with bos, ends answers with eos, and opens the thought
+    itself."""
     builtin_tokenizer().save(tmp_path)
     config = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|endoftext|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "chat_template.jinja").write_text(
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }}{% else %}A:{{ m.content }}{{ eos_token }}"
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }}{% else "
+        "%}A:{{ m.content }}{{ eos_token }}"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}A:<think>\n{% endif %}")
     tokenizer = load_tokenizer(tmp_path)
-    ids, mask = encode_conversation(tokenizer, [USER, {"role": "assistant", "content": "<think>\nhm</think>yes"}])
+    ids, mask = encode_conversation(tokenizer,
+                                    [USER,
+                                     {"role": "assistant", "content": "<think>\nhm</think>yes"}])
     assert tokenizer.decode(ids) == f"<|im_start|>U:{USER['content']}A:<think>\nhm</think>yes<|endoftext|>"
     assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "hm</think>yes<|endoftext|>"
 
 
-@pytest.mark.parametrize("template, says", [("{% for m in %}", "the chat template fails"), ("{{ nothing.x }}", "the chat template fails"),
-                                            ("{% for m in messages %}{{ m.content }}{% endfor %}", "add_generation_prompt")])
+@pytest.mark.parametrize("template, says",
+                         [("{% for m in %}", "the chat template fails"),
+                          ("{{ nothing.x }}", "the chat template fails"),
+                                            ("{% for m in messages %}{{ m.content }}{% endfor %}",
+                                             "add_generation_prompt")])
 def test_a_template_that_cannot_work_is_refused(template, says):
     tokenizer = builtin_tokenizer()
     tokenizer.template = template
@@ -121,8 +140,10 @@ def test_a_template_that_cannot_work_is_refused(template, says):
 def test_a_template_that_rewrites_earlier_turns_takes_single_answers_only(tmp_path):
     """As that of DeepSeek-R1-Distill, which drops the thoughts of earlier turns."""
     tokenizer = builtin_tokenizer()
-    tokenizer.template = ("{% for m in messages %}{% set c = m.content %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}"
-                          "{% endif %}<{{ m.role }}>{{ c }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    tokenizer.template = ("{% for m in messages %}{% set c = m.content %}{% if '</think>' in c "
+                          "%}{% set c = c.split('</think>')[-1] %}"
+                          "{% endif %}<{{ m.role }}>{{ c }}{% if m.role == 'assistant' "
+                          "%}<|im_end|>{% endif %}{% endfor %}"
                           "{% if add_generation_prompt %}<assistant>{% endif %}")
     thought = {"role": "assistant", "content": "hm</think>yes"}
     ids, mask = encode_conversation(tokenizer, [USER, thought])
@@ -135,7 +156,8 @@ def test_load_tokenizer_needs_only_tokenizer_json(qwen, tmp_path):
     os.symlink(qwen.folder / "tokenizer.json", tmp_path / "tokenizer.json")
     bare = load_tokenizer(tmp_path)
     assert bare.end_token == "<|im_end|>" and bare.encode("Hello world") == [9707, 1879]
-    assert encode_conversation(bare, [USER, ASSISTANT]) == encode_conversation(qwen, [USER, ASSISTANT])
+    assert encode_conversation(bare, [USER, ASSISTANT]) == encode_conversation(qwen,
+                                                                               [USER, ASSISTANT])
 
 
 def test_tokenizer_equals_transformers(qwen):
@@ -158,15 +180,20 @@ def test_the_builtin_tokenizer_is_bytes_and_survives_saving(tmp_path):
     assert (again.eos_token_id, again.pad_token_id) == (258, 256)
 
 
-# ------------------------------------------------------------------------------------------------------ reading rows
+# ------------------------------------------------------------------------------------- reading rows
 
-SHAREGPT = {"system": "s", "conversations": [{"from": "user", "value": "u"}, {"from": "assistant", "value": "a"}]}
-EXPECTED = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+SHAREGPT = {"system": "s",
+            "conversations": [{"from": "user", "value": "u"}, {"from": "assistant", "value": "a"}]}
+EXPECTED = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
+            {"role": "assistant", "content": "a"}]
 
 
 @pytest.mark.parametrize("row", [
-    SHAREGPT, {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
-    {"messages": EXPECTED, "id": 3}, {"system": "s", "messages": EXPECTED[1:]}, {"kind": None, "prompt": "u", "response": "a"}])
+    SHAREGPT,
+    {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "u"},
+                       {"from": "gpt", "value": "a"}]},
+    {"messages": EXPECTED, "id": 3}, {"system": "s", "messages": EXPECTED[1:]},
+    {"kind": None, "prompt": "u", "response": "a"}])
 def test_all_row_layouts_give_the_same_messages(row):
     assert to_messages(row, system="s") == EXPECTED
 
@@ -174,12 +201,14 @@ def test_all_row_layouts_give_the_same_messages(row):
 def test_a_kept_sample_gets_the_recipes_prompts():
     def user(**fields):
         system, turn, _ = to_messages({"prompt": "P", "response": "R", **fields})
-        assert system["content"].startswith("Your role as an assistant involves thoroughly exploring")
+        assert system["content"].startswith("Your role as an assistant involves thoroughly "
+                                            "exploring")
         return turn["content"]
     assert user(kind="math") == "Return your final response within \\boxed{}. P"
     assert user(kind="choice").endswith("as your final response. P")
     assert "should take stdin as input" in user(kind="code", tests=[{"input": "1", "output": "2"}])
-    assert "without invoking it" in user(kind="code", tests=[{"fn_name": "f", "args": [], "expected": 1}])
+    assert "without invoking it" in user(kind="code",
+                                         tests=[{"fn_name": "f", "args": [], "expected": 1}])
     assert to_messages({"prompt": "P", "response": "R"}, system="none")[0]["role"] == "user"
 
 
@@ -188,8 +217,10 @@ def lines(*rows):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("a.jsonl", lines(SHAREGPT, "", SHAREGPT)), ("a.json", json.dumps([SHAREGPT, SHAREGPT], indent=1).encode()),
-    ("a.json", b"\xef\xbb\xbf" + lines(SHAREGPT, SHAREGPT)), ("a.json", b"[" + lines(SHAREGPT) + b",\n" + lines(SHAREGPT) + b" ]"),
+    ("a.jsonl", lines(SHAREGPT, "", SHAREGPT)),
+    ("a.json", json.dumps([SHAREGPT, SHAREGPT], indent=1).encode()),
+    ("a.json", b"\xef\xbb\xbf" + lines(SHAREGPT, SHAREGPT)),
+    ("a.json", b"[" + lines(SHAREGPT) + b",\n" + lines(SHAREGPT) + b" ]"),
     ("a.jsonl.gz", gzip.compress(lines(SHAREGPT, SHAREGPT)))])
 def test_json_and_jsonl_are_told_apart_by_content(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
@@ -201,27 +232,38 @@ BROKEN = {
     "empty array": (b" [ ]", "holds no rows"),
     "not UTF-8": (lines(SHAREGPT) + b"\n\"\xff\xfe\"", "a.jsonl:2: not UTF-8"),
     "broken": (lines(SHAREGPT, SHAREGPT, '{"conversations": ['), "a.jsonl:3: broken JSON"),
-    "truncated array": (json.dumps([SHAREGPT, SHAREGPT], indent=1).encode()[:-5], "a.jsonl:\\d+: broken JSON"),
+    "truncated array": (json.dumps([SHAREGPT, SHAREGPT], indent=1).encode()[:-5],
+                        "a.jsonl:\\d+: broken JSON"),
     "cut after a row": (b"[" + lines(SHAREGPT), "a.jsonl:1: broken JSON"),
-    "two arrays": (b"[" + lines(SHAREGPT) + b"]\n[" + lines(SHAREGPT) + b"]", "a.jsonl:2: broken JSON .* after the array"),
+    "two arrays": (b"[" + lines(SHAREGPT) + b"]\n[" + lines(SHAREGPT) + b"]",
+                   "a.jsonl:2: broken JSON .* after the array"),
     "trailing comma": (b"[" + lines(SHAREGPT) + b",\n]", "a.jsonl:2: broken JSON"),
     "no comma": (b"[" + lines(SHAREGPT, SHAREGPT) + b"]", "a.jsonl:2: broken JSON"),
     "array not UTF-8": (b"[" + lines(SHAREGPT) + b",\n\"\xff\"]", "a.jsonl:2: not UTF-8"),
     "long number": (b'{"a": ' + b"1" * 5000 + b"}", "a.jsonl:1: broken JSON"),
-    "half a character": (lines({"messages": [{"role": "user", "content": "\ud83d"}]}), "a.jsonl:1: .*half a character"),
-    "role list": (lines({"messages": [{"role": ["user"], "content": "x"}]}), r"a.jsonl:1: unknown role \['user'\]"),
-    "system": (lines({**SHAREGPT, "system": 5}), "a.jsonl:1: `content` of a system turn is not a string"),
-    "assistant first": (lines({"messages": EXPECTED[2:] + EXPECTED[1:]}), "a.jsonl:1: no user turn before the first assistant"),
+    "half a character": (lines({"messages": [{"role": "user", "content": "\ud83d"}]}),
+                         "a.jsonl:1: .*half a character"),
+    "role list": (lines({"messages": [{"role": ["user"], "content": "x"}]}),
+                  r"a.jsonl:1: unknown role \['user'\]"),
+    "system": (lines({**SHAREGPT, "system": 5}),
+               "a.jsonl:1: `content` of a system turn is not a string"),
+    "assistant first": (lines({"messages": EXPECTED[2:] + EXPECTED[1:]}),
+                        "a.jsonl:1: no user turn before the first assistant"),
     "kind": (lines({"kind": [], "prompt": "p", "response": "r"}), r"a.jsonl:1: unknown kind \[\]"),
-    "tests": (lines({"kind": "code", "tests": [1], "prompt": "p", "response": "r"}), "a.jsonl:1: `tests` must be"),
-    "not passed": (lines({"prompt": "p", "response": "r", "passed": False}), "a.jsonl:1: a sample that did not pass"),
+    "tests": (lines({"kind": "code", "tests": [1], "prompt": "p", "response": "r"}),
+              "a.jsonl:1: `tests` must be"),
+    "not passed": (lines({"prompt": "p", "response": "r", "passed": False}),
+                   "a.jsonl:1: a sample that did not pass"),
     "nested": (b"[" * 100_000, "a.jsonl:1: broken JSON"),
     "no object": (lines(SHAREGPT, [1]), "a.jsonl:2: a row must be an object"),
     "no assistant": (lines(SHAREGPT, {"messages": EXPECTED[:2]}), "a.jsonl:2: no assistant turn"),
-    "role": (lines({"messages": [{"role": "robot", "content": "x"}]}), "a.jsonl:1: unknown role 'robot'"),
-    "content": (lines({"messages": [{"role": "user", "content": None}]}), "a.jsonl:1: `content` of a user turn is not a string"),
+    "role": (lines({"messages": [{"role": "robot", "content": "x"}]}),
+             "a.jsonl:1: unknown role 'robot'"),
+    "content": (lines({"messages": [{"role": "user", "content": None}]}),
+                "a.jsonl:1: `content` of a user turn is not a string"),
     "no role": (lines({"conversations": [{"value": "x"}]}), "a.jsonl:1: a turn has no `from`"),
-    "another layout": (lines({"question": "x", "answer": "y"}), r"a.jsonl:1: not a training row \(fields: question, answer\)"),
+    "another layout": (lines({"question": "x", "answer": "y"}),
+                       r"a.jsonl:1: not a training row \(fields: question, answer\)"),
 }
 
 
@@ -230,17 +272,20 @@ def test_broken_rows_are_named_by_file_and_line(tmp_path, name):
     content, says = BROKEN[name]
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=says):
-        load_rows([tmp_path / "a.jsonl"], builtin_tokenizer(), 100, cache=tmp_path / "cache", quiet=True)
+        load_rows([tmp_path / "a.jsonl"], builtin_tokenizer(), 100, cache=tmp_path / "cache",
+                  quiet=True)
     assert not any((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else True
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "a/b/c", "builtin:other", "owner/name"])
+@pytest.mark.parametrize("name",
+                         ["missing.jsonl", "./missing", "a/b/c", "builtin:other", "owner/name"])
 def test_names_that_are_nowhere_are_refused_in_one_line(monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError) as error:
         data.find_data(name)
     assert name in str(error.value) and "\n" not in str(error.value)
-    assert ("fetched from the hub" in str(error.value)) == (name == "owner/name")  # only a hub name asks the hub
+    # only a hub name asks the hub
+    assert ("fetched from the hub" in str(error.value)) == (name == "owner/name")
 
 
 def test_a_hub_data_set_in_the_offline_cache_is_found(tmp_path, monkeypatch):
@@ -286,10 +331,11 @@ def test_a_folder_is_read_by_its_train_split_if_it_has_one(tmp_path):
     assert [p.name for p in data.find_data(tmp_path)] == ["train-00.jsonl"]
 
 
-# ------------------------------------------------------------------------------------------------------- token cache
+# -------------------------------------------------------------------------------------- token cache
 
 def load(path, cache, **changes):
-    return load_rows([path], builtin_tokenizer(), **{**dict(max_seq_len=200, cache=cache, quiet=True), **changes})
+    return load_rows([path], builtin_tokenizer(),
+                     **{**dict(max_seq_len=200, cache=cache, quiet=True), **changes})
 
 
 def answer(text):
@@ -300,19 +346,24 @@ def test_duplicates_and_long_rows_are_dropped_and_counted(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(answer("one"), answer("two"), answer("one"), answer("x" * 300)))
     rows = load(path, tmp_path / "cache")
-    assert rows.counts == {"rows": 4, "duplicates": 1, "over max_seq_len": 1, "without a target": 0, "kept": 2}
-    assert [builtin_tokenizer().decode(rows[i][0][rows[i][1] == 1].tolist()) for i in range(2)] == ["one<|im_end|>", "two<|im_end|>"]
+    assert rows.counts == {"rows": 4, "duplicates": 1, "over max_seq_len": 1, "without a target": 0,
+                           "kept": 2}
+    assert [builtin_tokenizer().decode(rows[i][0][rows[i][1] == 1].tolist())
+            for i in range(2)] == ["one<|im_end|>", "two<|im_end|>"]
     assert rows.where(1) == f"{path}:2"
 
 
 def test_as_published_keeps_duplicates_and_cuts_long_rows(tmp_path):
     path = tmp_path / "a.jsonl"
-    long_question = {"messages": [{"role": "user", "content": "q" * 300}, {"role": "assistant", "content": "a"}]}
+    long_question = {"messages": [{"role": "user", "content": "q" * 300},
+                                  {"role": "assistant", "content": "a"}]}
     path.write_bytes(lines(answer("one"), answer("one"), answer("x" * 300), long_question))
     rows = load(path, tmp_path / "cache", as_published=True, end_token="<|endoftext|>")
-    assert rows.counts["kept"] == 3 and rows.counts["without a target"] == 1 and rows.lengths.max() == 200
+    assert rows.counts["kept"] == 3 and rows.counts["without a target"] == 1
+    assert rows.lengths.max() == 200
     tokens, mask = rows[2]
-    assert builtin_tokenizer().decode(tokens[-3:].tolist()) == "xxx" and mask[-1] == 1  # no end token
+    # no end token
+    assert builtin_tokenizer().decode(tokens[-3:].tolist()) == "xxx" and mask[-1] == 1
     assert rows[0][0][-1] == 256
 
 
@@ -342,7 +393,9 @@ def test_an_interrupt_while_tokenising_leaves_nothing(tmp_path, monkeypatch):
     assert load(path, tmp_path / "cache").counts["kept"] == 1
 
 
-@pytest.mark.parametrize("name, content", [("tokens.bin", b""), ("tokens.bin", b"12345"), ("mask.bin", b"\1"), ("rows.npy", b"")])
+@pytest.mark.parametrize("name, content",
+                         [("tokens.bin", b""), ("tokens.bin", b"12345"), ("mask.bin", b"\1"),
+                          ("rows.npy", b"")])
 def test_a_damaged_cache_is_refused_by_name(tmp_path, name, content):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(answer("one")))
@@ -356,16 +409,20 @@ def test_a_damaged_cache_is_refused_by_name(tmp_path, name, content):
 def test_processes_that_tokenise_at_once_share_one_cache(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(*(answer(f"number {i}") for i in range(3000))))
-    command = [sys.executable, ROOT / "data.py", path, "--model", "builtin:tiny", "--max_seq_len", "200", "--cache", tmp_path / "cache"]
-    processes = [subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(3)]
+    command = [sys.executable, ROOT / "data.py", path, "--model", "builtin:tiny", "--max_seq_len",
+               "200", "--cache", tmp_path / "cache"]
+    processes = [subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL) for _ in range(3)]
     outputs = {process.communicate()[0] for process in processes}
-    assert len(outputs) == 1 and b"kept: 3,000" in outputs.pop() and len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(outputs) == 1 and b"kept: 3,000" in outputs.pop()
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_cached_rows_equal_encode_conversation(qwen, tmp_path):
     source = shared_file("problems/math500.jsonl")
     rows = [json.loads(line) for line in source.read_text().splitlines()]
-    conversations = [[{"role": "user", "content": r["problem"]}, {"role": "assistant", "content": r["solution"]}] for r in rows]
+    conversations = [[{"role": "user", "content": r["problem"]},
+                      {"role": "assistant", "content": r["solution"]}] for r in rows]
     (tmp_path / "a.jsonl").write_bytes(lines(*({"messages": c} for c in conversations)))
     loaded = load_rows([tmp_path / "a.jsonl"], qwen, 4096, cache=tmp_path / "cache", quiet=True)
     assert loaded.counts["kept"] == len(rows) == 500
@@ -375,7 +432,7 @@ def test_cached_rows_equal_encode_conversation(qwen, tmp_path):
         assert loaded.num_targets[i] == sum(mask)
 
 
-# ----------------------------------------------------------------------------------------------------------- packing
+# ------------------------------------------------------------------------------------------ packing
 
 def test_the_order_depends_on_seed_and_epoch_alone():
     assert np.array_equal(epoch_order(100, 1, 2), epoch_order(100, 1, 2))
@@ -393,10 +450,12 @@ def test_an_epoch_sees_every_row_once_and_its_last_batch_may_be_smaller():
 def sky_lengths(rng, count=96):
     """Lengths like the published rows': mean 4,500 tokens, up to the cut at 16,384."""
     sigma = np.sqrt(np.log(1 + 0.7 ** 2))
-    return np.minimum(rng.lognormal(np.log(4500) - sigma ** 2 / 2, sigma, count).astype(int) + 20, 16384)
+    return np.minimum(rng.lognormal(np.log(4500) - sigma ** 2 / 2, sigma, count).astype(int) + 20,
+                      16384)
 
 
-QWEN_32B = Qwen2Config(vocab_size=152064, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64,
+QWEN_32B = Qwen2Config(vocab_size=152064, hidden_size=5120, intermediate_size=27648,
+                       num_hidden_layers=64,
                        num_attention_heads=40, num_key_value_heads=8)
 
 
@@ -417,24 +476,29 @@ def test_packing_keeps_every_document_fits_and_balances(ranks):
     assert max(excess) < 1.05
 
 
-@pytest.mark.parametrize("lengths, ranks", [([5], 4), ([16, 16, 16], 2), ([1] * 50, 3), ([9, 9, 9, 9, 7, 7, 7, 7], 2), ([16], 1)])
+@pytest.mark.parametrize("lengths, ranks",
+                         [([5], 4), ([16, 16, 16], 2), ([1] * 50, 3), ([9, 9, 9, 9, 7, 7, 7, 7], 2),
+                          ([16], 1)])
 def test_packing_of_odd_batches(lengths, ranks):
     packed = pack(lengths, lengths, 16, ranks)
     rows_needed = {1: 1, 4: 1, 3: 4, 2: 3 if len(lengths) == 3 else 4}[ranks]
     assert len(packed) == -(-rows_needed // ranks)
     assert sorted(i for rows in packed for row in rows for i in row) == list(range(len(lengths)))
-    assert all(len(rows) == ranks and all(sum(lengths[i] for i in row) <= 16 for row in rows) for rows in packed)
+    assert all(len(rows) == ranks and all(sum(lengths[i] for i in row) <= 16 for row in rows)
+               for rows in packed)
 
 
 def test_assembled_rows_shift_targets_within_documents():
     rows = [(np.array([10, 11, 12]), np.array([0, 1, 1])), (np.array([20, 21]), np.array([0, 1]))]
     ids, targets, lengths = assemble(rows, [0, 1])
     assert ids.tolist() == [[10, 11, 12, 20, 21]] and lengths == [3, 2]
-    assert targets.tolist() == [[11, 12, IGNORE, 21, IGNORE]]  # 12 does not predict the next document's 20
-    assert [a.shape for a in assemble(rows, [])[:2]] == [(1, 1)] * 2 and assemble(rows, [])[1].item() == IGNORE
+    # 12 does not predict the next document's 20
+    assert targets.tolist() == [[11, 12, IGNORE, 21, IGNORE]]
+    assert [a.shape for a in assemble(rows, [])[:2]] == [(1, 1)] * 2
+    assert assemble(rows, [])[1].item() == IGNORE
 
 
-# ----------------------------------------------------------------------------------------------------- built-in task
+# ------------------------------------------------------------------------------------ built-in task
 
 def test_builtin_problems_are_right_and_splits_are_disjoint():
     train, held_out = list(builtin_problems("train", 3000)), list(builtin_problems("heldout", 500))
@@ -448,45 +512,59 @@ def test_builtin_problems_are_right_and_splits_are_disjoint():
     assert list(builtin_problems("train", 5)) == train[:5]
 
 
-# ------------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 def test_the_command_shows_counts_lengths_packing_and_one_row(model_dir, rows_file, tmp_path):
-    done = run_script(ROOT / "data.py", rows_file, "--model", model_dir, "--max_seq_len", 128, "--batch_size", 8, "--num_ranks", 2,
+    done = run_script(ROOT / "data.py", rows_file, "--model", model_dir, "--max_seq_len", 128,
+                      "--batch_size", 8, "--num_ranks", 2,
                       "--cache", tmp_path / "cache", "--row", 2)
-    assert "rows: 40" in done.stdout and "filled" in done.stdout and "max/mean" in done.stdout and "█" in done.stdout
+    assert "rows: 40" in done.stdout and "filled" in done.stdout and "max/mean" in done.stdout
+    assert "█" in done.stdout
     assert "\033[32m0 1 2<|im_end|>\033[0m" in done.stdout
 
 
 @pytest.mark.parametrize("arguments, says", [
     (["missing.jsonl", "--model", "builtin:tiny"], "missing.jsonl does not exist"),
     (["broken", "--model", "builtin:tiny", "--max_seq_len", "100"], "broken:1: broken JSON"),
-    (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "16384"], "--max_seq_len 16384 is beyond the 2048 positions"),
-    (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "100", "--end_token", "ZZ"], "no token 'ZZ'"),
-    (["builtin:worked:10", "--model", "builtin:tiny", "--batch_size", "0"], "--batch_size 0: must be above 0"),
+    (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "16384"],
+     "--max_seq_len 16384 is beyond the 2048 positions"),
+    (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "100", "--end_token", "ZZ"],
+     "no token 'ZZ'"),
+    (["builtin:worked:10", "--model", "builtin:tiny", "--batch_size", "0"],
+     "--batch_size 0: must be above 0"),
     (["builtin:worked:10", "--model", "./nowhere"], "./nowhere does not exist"),
-    (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "100", "--row", "99"], "the rows kept are 0 to 9"),
-    (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "5"], "no row left to train on")])
+    (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "100", "--row", "99"],
+     "the rows kept are 0 to 9"),
+    (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "5"],
+     "no row left to train on")])
 def test_the_command_refuses_bad_input_in_one_line(arguments, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("broken").write_text("{")
     done = run_script(ROOT / "data.py", *arguments, "--cache", tmp_path, check=False)
     last = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and last.startswith("error: ") and says in last and "Traceback" not in done.stderr
+    assert done.returncode == 2 and last.startswith("error: ") and says in last
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
 def test_seventeen_thousand_rows_take_neither_minutes_nor_gigabytes_twice(qwen, tmp_path):
-    """17,000 rows of 16 KB in one array, as the published file is: the second start reads the cache alone."""
-    text = "🙂" + " ".join(r["solution"] for r, _ in read_rows(shared_file("problems/math500.jsonl")))
+    """17,000 rows of 16 KB in one array, as the published file is: the second start reads the cache
+    alone."""
+    text = "🙂" + " ".join(r["solution"]
+                          for r, _ in read_rows(shared_file("problems/math500.jsonl")))
     with open(tmp_path / "a.json", "w") as file:
         for i in range(17_000):
             start = i * 97 % (len(text) - 16_000)
-            file.write(",[\n"[i == 0:2 - (i > 0)] + json.dumps(answer(text[start:start + 16_000]), ensure_ascii=False))
+            file.write(",[\n"[i == 0:2 - (i > 0)] + json.dumps(answer(text[start:start + 16_000]),
+                                                               ensure_ascii=False))
         file.write("]")
     os.symlink(qwen.folder / "tokenizer.json", tmp_path / "tokenizer.json")
     small_config(vocab_size=151936).save(tmp_path, torch.float32)
-    command = ["-c", f"import sys, resource; sys.path.insert(0, {str(ROOT)!r}); import data; data.one_line_errors(data.main); "
-               "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)", tmp_path / "a.json", "--model",
+    command = ["-c",
+               f"import sys, resource; sys.path.insert(0, {str(ROOT)!r}); import data; "
+               f"data.one_line_errors(data.main); "
+               "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)",
+               tmp_path / "a.json", "--model",
                tmp_path, "--max_seq_len", 512, "--as_published", "--cache", tmp_path / "cache"]
     peaks, seconds = [], []
     for _ in range(2):

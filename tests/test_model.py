@@ -1,4 +1,5 @@
-"""Each layer of model.py against an independent float64 computation, the whole against transformers where it is installed."""
+"""Each layer of model.py against an independent float64 computation, the whole against transformers
+where it is installed."""
 import json
 import math
 
@@ -11,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model as model_module
 import reference
 from conftest import SHAPES, small_config, small_model
-from model import (IGNORE, LOSS_CHUNK, ChunkedCrossEntropy, Qwen2, Qwen2Config, RMSNorm, packed_attention, rotary_embedding, rotate)
+from model import (IGNORE, LOSS_CHUNK, ChunkedCrossEntropy, Qwen2, Qwen2Config, RMSNorm,
+                   packed_attention, rotary_embedding, rotate)
 
-RAW = dict(model_type="qwen2", vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+RAW = dict(model_type="qwen2", vocab_size=99, hidden_size=64, intermediate_size=96,
+           num_hidden_layers=2, num_attention_heads=4,
            num_key_value_heads=2)
 
 
@@ -25,7 +28,7 @@ def doubles(model):
     return {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
 
 
-# ---------------------------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------ configuration
 
 def write_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps({**RAW, **changes}))
@@ -33,16 +36,22 @@ def write_config(folder, **changes):
 
 
 def test_config_reads_transformers_4_and_5_layouts(tmp_path):
-    four = Qwen2Config.from_pretrained(write_config(tmp_path, rope_theta=5e5, use_sliding_window=False, sliding_window=4096))
-    five = Qwen2Config.from_pretrained(write_config(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    four = Qwen2Config.from_pretrained(write_config(tmp_path, rope_theta=5e5,
+                                                    use_sliding_window=False, sliding_window=4096))
+    five = Qwen2Config.from_pretrained(write_config(tmp_path,
+                                                    rope_parameters={"rope_type": "default",
+                                                                     "rope_theta": 5e5},
                                                     layer_types=["full_attention"] * 2))
     assert four == five and four.rope_theta == 5e5 and four.head_dim == 16
 
 
 @pytest.mark.parametrize("field, value", [
-    ("model_type", "llama"), ("hidden_act", "gelu"), ("use_sliding_window", True), ("layer_types", ["sliding_attention"]),
-    ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}), ("rope_scaling", {"type": "yarn", "factor": 4.0}),
-    ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4}), ("quantization_config", {"bits": 4}), ("head_dim", 8)])
+    ("model_type", "llama"), ("hidden_act", "gelu"), ("use_sliding_window", True),
+    ("layer_types", ["sliding_attention"]),
+    ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+    ("rope_scaling", {"type": "yarn", "factor": 4.0}),
+    ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4}),
+    ("quantization_config", {"bits": 4}), ("head_dim", 8)])
 def test_config_refuses_what_is_not_built_by_field_and_value(tmp_path, field, value):
     with pytest.raises(ValueError) as error:
         Qwen2Config.from_pretrained(write_config(tmp_path, **{field: value}))
@@ -50,9 +59,12 @@ def test_config_refuses_what_is_not_built_by_field_and_value(tmp_path, field, va
 
 
 @pytest.mark.parametrize("text, says", [("{", "not a JSON object"), ("[1]", "not a JSON object"),
-                                        (json.dumps({k: v for k, v in RAW.items() if k != "hidden_size"}), "hidden_size"),
+                                        (json.dumps({k: v
+                                                     for k, v in RAW.items()
+                                                     if k != "hidden_size"}), "hidden_size"),
                                         (json.dumps({**RAW, "hidden_size": 66}), "not divisible"),
-                                        (json.dumps({**RAW, "vocab_size": "many"}), "vocab_size is 'many'")])
+                                        (json.dumps({**RAW, "vocab_size": "many"}),
+                                         "vocab_size is 'many'")])
 def test_a_broken_config_is_named(tmp_path, text, says):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=says):
@@ -60,12 +72,15 @@ def test_a_broken_config_is_named(tmp_path, text, says):
 
 
 def test_published_sizes_have_the_published_parameter_counts():
-    sizes = {  # total parameters as the model cards give them: 0.49B, 1.54B, 7.61B, 32.5B (32.76B with biases and head)
-        494_032_768: dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+    sizes = {  # as the model cards round them: 0.49B, 7.61B, 32.5B
+        494_032_768: dict(vocab_size=151936, hidden_size=896, intermediate_size=4864,
+                          num_hidden_layers=24,
                           num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True),
-        7_615_616_512: dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        7_615_616_512: dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944,
+                            num_hidden_layers=28,
                             num_attention_heads=28, num_key_value_heads=4),
-        32_763_876_352: dict(vocab_size=152064, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64,
+        32_763_876_352: dict(vocab_size=152064, hidden_size=5120, intermediate_size=27648,
+                             num_hidden_layers=64,
                              num_attention_heads=40, num_key_value_heads=8)}
     for count, fields in sizes.items():
         with torch.device("meta"):
@@ -76,11 +91,12 @@ def test_train_flops_count_every_product():
     config = small_config()
     weights = [p for n, p in Qwen2(config).named_parameters() if p.ndim == 2 and "embed" not in n]
     forward = 2 * 10 * sum(p.numel() for p in weights)
-    attention = config.num_hidden_layers * 2 * (2 * config.hidden_size * 10 * 10) // 2  # two products, half of them masked
+    # two products, half of them masked
+    attention = config.num_hidden_layers * 2 * (2 * config.hidden_size * 10 * 10) // 2
     assert config.train_flops(10) == 3 * (forward + attention)
 
 
-# ----------------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------- layers
 
 def test_rms_norm_takes_its_statistic_in_fp32():
     norm, x = RMSNorm(64, 1e-6), torch.randn(3, 64) * 300
@@ -94,7 +110,8 @@ def test_rms_norm_takes_its_statistic_in_fp32():
 def test_rotary_embedding_turns_pairs_as_complex_numbers():
     x, positions = torch.randn(1, 1, 50, 16), torch.arange(50)
     cos, sin = rotary_embedding(positions[None], 16, 1e4, torch.float32)
-    assert relative(rotate(x, cos, sin)[0, 0].double(), reference.rotate(x[0, 0].double(), positions, 1e4)) < 1e-5
+    assert relative(rotate(x, cos, sin)[0, 0].double(),
+                    reference.rotate(x[0, 0].double(), positions, 1e4)) < 1e-5
 
 
 def test_scores_depend_only_on_relative_position():
@@ -109,14 +126,16 @@ def test_scores_depend_only_on_relative_position():
 def test_positions_stay_exact_at_long_context():
     cos, _ = rotary_embedding(torch.tensor([[32766, 32767]]), 128, 1e6, torch.bfloat16)
     expected = [math.cos(32766), math.cos(32767)]
-    assert torch.allclose(cos[0, 0, :, 0].double(), torch.tensor(expected, dtype=torch.float64), atol=5e-3)
+    assert torch.allclose(cos[0, 0, :, 0].double(), torch.tensor(expected, dtype=torch.float64),
+                          atol=5e-3)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_packed_attention_equals_the_masked_softmax(kv_heads):
     lengths, size = [5, 1, 17, 9], 8
-    q, k, v = torch.randn(1, 4, 32, size), torch.randn(1, kv_heads, 32, size), torch.randn(1, kv_heads, 32, size)
-    scores = q.double() @ k.double().repeat_interleave(4 // kv_heads, 1).transpose(2, 3) / math.sqrt(size)
+    q, (k, v) = torch.randn(1, 4, 32, size), torch.randn(2, 1, kv_heads, 32, size)
+    every_k = k.double().repeat_interleave(4 // kv_heads, 1)
+    scores = q.double() @ every_k.transpose(2, 3) / math.sqrt(size)
     weights = scores.masked_fill(~reference.visible(lengths), -math.inf).softmax(-1)
     expected = weights @ v.double().repeat_interleave(4 // kv_heads, 1)
     assert relative(packed_attention(q, k, v, torch.tensor(lengths)).double(), expected) < 1e-6
@@ -129,7 +148,7 @@ def test_attention_never_builds_a_square_mask():
     assert largest.numel < 256 * 256
 
 
-# ------------------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 class LargestTensor(TorchDispatchMode):
     """Notes the largest tensor that any operation returns."""
@@ -147,7 +166,8 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_chunked_loss_and_gradients_equal_float64(monkeypatch, chunk, dtype, tolerance):
     monkeypatch.setitem(LOSS_CHUNK, "cpu", chunk * 50)
-    x, weight, targets = torch.randn(23, 16).to(dtype), torch.randn(50, 16).to(dtype), torch.randint(50, (23,))
+    x, weight = torch.randn(23, 16).to(dtype), torch.randn(50, 16).to(dtype)
+    targets = torch.randint(50, (23,))
     wide = [t.double().requires_grad_() for t in (x, weight)]
     expected = F.cross_entropy(wide[0] @ wide[1].T, targets, reduction="sum")
     (expected * 0.25).backward()
@@ -162,7 +182,8 @@ def test_chunked_loss_and_gradients_equal_float64(monkeypatch, chunk, dtype, tol
 def test_the_weight_gradient_is_summed_in_fp32(monkeypatch):
     """300 chunks that add the same small number: in bf16 the sum would stop growing."""
     monkeypatch.setitem(LOSS_CHUNK, "cpu", 2)
-    x, weight = torch.ones(300, 1).bfloat16().requires_grad_(), torch.zeros(2, 1).bfloat16().requires_grad_()
+    x = torch.ones(300, 1, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     ChunkedCrossEntropy.apply(x, weight, torch.zeros(300, dtype=torch.long), True).backward()
     assert weight.grad.tolist() == [[-150.0], [150.0]]
 
@@ -174,14 +195,16 @@ def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(monkeypatch, tied):
     ids = torch.randint(4096, (1, 256))
     with LargestTensor() as largest:
         model(ids, ids).backward()
-    assert largest.numel == 4096 * 64  # the weight itself and its gradient; the logits would be four times that
+    # the weight itself and its gradient; the logits would be four times that
+    assert largest.numel == 4096 * 64
 
 
 def test_rows_without_a_target_have_zero_loss_and_zero_gradients():
     model = small_model()
     loss = model(torch.tensor([[1, 2]]), torch.full((1, 2), IGNORE))
     loss.backward()
-    assert loss.item() == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    assert loss.item() == 0 and all(p.grad is not None and not p.grad.any()
+                                    for p in model.parameters())
 
 
 def test_the_gradients_are_given_out_once():
@@ -192,7 +215,7 @@ def test_the_gradients_are_given_out_once():
         loss.backward()
 
 
-# ------------------------------------------------------------------------------------------------------- whole model
+# -------------------------------------------------------------------------------------- whole model
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_gradients_equal_float64(shape):
@@ -201,14 +224,16 @@ def test_logits_and_gradients_equal_float64(shape):
     ids, targets = torch.randint(263, (2, 37))
     targets[::3] = IGNORE
     wide = doubles(model)
-    assert relative(model(ids[None], document_lengths=lengths)[0].double(), reference.logits(wide, model.config, ids, lengths)) < 1e-5
+    assert relative(model(ids[None], document_lengths=lengths)[0].double(),
+                    reference.logits(wide, model.config, ids, lengths)) < 1e-5
     expected = reference.loss(wide, model.config, ids, targets, lengths)
     expected.backward()
     loss = model(ids[None], targets[None], lengths)
     loss.backward()
     assert relative(loss.double(), expected) < 1e-6
     for name, parameter in model.named_parameters():
-        assert relative(parameter.grad.double(), wide[name].grad) < 1e-4 or wide[name].grad.norm() < 1e-9, name
+        assert relative(parameter.grad.double(),
+                        wide[name].grad) < 1e-4 or wide[name].grad.norm() < 1e-9, name
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -216,20 +241,25 @@ def test_logits_and_gradients_equal_transformers(shape, tmp_path):
     transformers = pytest.importorskip("transformers")
     model = small_model(**SHAPES[shape])
     model.save_pretrained(tmp_path, max_shard_bytes=40_000)  # many shards
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32,
+                                                               attn_implementation="eager")
     ids = torch.randint(263, (2, 33))
     assert relative(model(ids), theirs(ids).logits) < 1e-5
-    F.cross_entropy(theirs(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    F.cross_entropy(theirs(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten(),
+                    reduction="sum").backward()
     model(ids[:, :-1], ids[:, 1:]).backward()
     for name, parameter in theirs.named_parameters():
         ours = model.get_parameter(name).grad
-        assert relative(ours, parameter.grad) < 1e-4 or parameter.grad.norm() < 1e-5, name  # k_proj.bias has none
+        # k_proj.bias has none
+        assert relative(ours, parameter.grad) < 1e-4 or parameter.grad.norm() < 1e-5, name
 
 
 @pytest.mark.parametrize("layout", [4, 5])
 def test_folders_that_transformers_wrote_are_read(layout, tmp_path):
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{k: v for k, v in RAW.items() if k != "model_type"}))
+    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{k: v
+                                                                       for k, v in RAW.items()
+                                                                       if k != "model_type"}))
     theirs.save_pretrained(tmp_path, max_shard_size="40KB")
     config = json.loads((tmp_path / "config.json").read_text())
     if layout == 4:
@@ -252,7 +282,8 @@ def test_batched_rows_equal_single_rows():
     assert relative(model(ids), torch.cat([model(row[None]) for row in ids])) < 1e-6
 
 
-@pytest.mark.parametrize("recompute, offload", [("block", False), ("block", True), ("tiled", False), ("tiled", True)])
+@pytest.mark.parametrize("recompute, offload",
+                         [("block", False), ("block", True), ("tiled", False), ("tiled", True)])
 def test_recomputation_changes_no_gradient(monkeypatch, recompute, offload):
     monkeypatch.setattr(model_module, "MLP_TILE", 8)
     ids, targets = torch.randint(263, (2, 1, 30))
@@ -286,17 +317,21 @@ def test_recomputation_saves_what_it_says():
     assert block < 8 * boundary and tiled < 10 * boundary
 
 
-# ------------------------------------------------------------------------------------------------ weights on the disk
+# ------------------------------------------------------------------------------ weights on the disk
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_state_dict_has_the_checkpoints_keys(tied):
     keys = set(small_model(tie_word_embeddings=tied).state_dict())
     layer = {f"model.layers.0.{n}" for n in (
-        "self_attn.q_proj.weight", "self_attn.q_proj.bias", "self_attn.k_proj.weight", "self_attn.k_proj.bias",
-        "self_attn.v_proj.weight", "self_attn.v_proj.bias", "self_attn.o_proj.weight", "mlp.gate_proj.weight",
-        "mlp.up_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight", "post_attention_layernorm.weight")}
+        "self_attn.q_proj.weight", "self_attn.q_proj.bias", "self_attn.k_proj.weight",
+        "self_attn.k_proj.bias",
+        "self_attn.v_proj.weight", "self_attn.v_proj.bias", "self_attn.o_proj.weight",
+        "mlp.gate_proj.weight",
+        "mlp.up_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight",
+        "post_attention_layernorm.weight")}
     assert {k for k in keys if ".layers.0." in k} == layer
-    assert {k for k in keys if ".layers." not in k} == {"model.embed_tokens.weight", "model.norm.weight",
+    assert {k for k in keys if ".layers." not in k} == {"model.embed_tokens.weight",
+                                                        "model.norm.weight",
                                                         *([] if tied else ["lm_head.weight"])}
 
 
@@ -313,12 +348,15 @@ def test_saved_files_hold_every_tensor_once_and_load_again(tmp_path, dtype, max_
         assert found.dtype == dtype and torch.equal(found, tensor)
     if max_shard_bytes == 30_000:
         assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
-        assert all(len(part) == 1 or sum(t.nbytes for t in part.values()) <= 30_000 for part in read)
+        assert all(len(part) == 1 or sum(t.nbytes for t in part.values()) <= 30_000
+                   for part in read)
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-        assert index["metadata"]["total_size"] == sum(t.nbytes for part in read for t in part.values())
+        assert index["metadata"]["total_size"] == sum(t.nbytes for part in read
+                                                      for t in part.values())
     again = Qwen2.from_pretrained(tmp_path, dtype=dtype)
     assert again.config == model.config
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
+    assert all(torch.equal(a, b)
+               for a, b in zip(again.state_dict().values(), model.state_dict().values()))
 
 
 def test_saving_again_leaves_no_stale_shard(tmp_path):
@@ -336,18 +374,22 @@ def breakages(folder):
         save_file({k: v for k, v in {**tensors, **changes}.items() if v is not None}, weights)
     key = "model.layers.1.mlp.up_proj.weight"
     return {
-        "truncated": (lambda: weights.write_bytes(weights.read_bytes()[:-100]), ["model.safetensors", "truncated"]),
+        "truncated": (lambda: weights.write_bytes(weights.read_bytes()[:-100]),
+                      ["model.safetensors", "truncated"]),
         "empty": (lambda: weights.write_bytes(b""), ["model.safetensors", "truncated"]),
         "absent": (weights.unlink, ["model.safetensors", "does not exist"]),
         "missing": (lambda: rewrite(**{key: None}), [key, "lacks 1 tensors"]),
         "unexpected": (lambda: rewrite(more=torch.ones(1)), ["more", "unexpected"]),
         "shape": (lambda: rewrite(**{key: torch.ones(3, 3)}), [key, "[3, 3]", "[96, 64]"]),
         "type": (lambda: rewrite(**{key: torch.ones(96, 64, dtype=torch.int8)}), [key, "I8"]),
-        "index": (lambda: (folder / "model.safetensors.index.json").write_text("{}"), ["index.json", "download it again"]),
+        "index": (lambda: (folder / "model.safetensors.index.json").write_text("{}"),
+                  ["index.json", "download it again"]),
     }
 
 
-@pytest.mark.parametrize("name", ["truncated", "empty", "absent", "missing", "unexpected", "shape", "type", "index"])
+@pytest.mark.parametrize("name",
+                         ["truncated", "empty", "absent", "missing", "unexpected", "shape", "type",
+                          "index"])
 def test_damaged_weights_are_refused_by_name(model_dir, name):
     damage, says = breakages(model_dir)[name]
     damage()
@@ -375,4 +417,5 @@ def test_a_full_disk_leaves_the_old_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(model_module.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         small_model(seed=1).save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))

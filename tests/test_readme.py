@@ -7,7 +7,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_file_table_names_every_file_with_its_length():
-    table = {name: int(lines) for name, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)}
+    table = {name: int(lines)
+             for name, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)}
     files = {path.name: path.read_text().count("\n") for path in ROOT.glob("*.py")}
     assert table.keys() == files.keys()
     assert all(abs(table[name] / files[name] - 1) < 0.02 for name in files), files

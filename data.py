@@ -27,6 +27,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,8 +145,7 @@ class Tokenizer:
         """Writes the tokenizer files: copies of the folder's own, or those of the built-in
         tokenizer."""
         names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                 "special_tokens_map.json", "vocab.json",
-                 "merges.txt", "added_tokens.json"]
+                 "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"]
         if self.folder is not None:
             for name in names:
                 if (Path(self.folder) / name).is_file():
@@ -153,8 +153,8 @@ class Tokenizer:
             return
         self.backend.save(str(Path(folder) / names[0]))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_token,
-                  "pad_token": "<|endoftext|>",
-                  "clean_up_tokenization_spaces": False, "chat_template": self.template}
+                  "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False,
+                  "chat_template": self.template}
         (Path(folder) / names[1]).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -249,8 +249,8 @@ def conversation_segments(tokenizer, messages, end_token=None):
     for k, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt, answer = tokenizer.render(messages[:k],
-                                          add_generation_prompt=True), message["content"]
+        prompt = tokenizer.render(messages[:k], add_generation_prompt=True)
+        answer = message["content"]
         if not prompt.startswith(done):
             raise ValueError("the chat template changes earlier turns: only rows with one answer "
                              "can be trained on")
@@ -288,8 +288,8 @@ def find(name, repo_type, patterns):
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if name.startswith((".", "/", "~",
-                        "builtin:")) or name.count("/") != 1 or name.endswith(DATA_SUFFIXES):
+    is_path = name.startswith((".", "/", "~", "builtin:")) or name.endswith(DATA_SUFFIXES)
+    if is_path or name.count("/") != 1:
         raise FileNotFoundError(f"{name} does not exist here, and is not the name of a "
                                 f"{repo_type} on the hub (owner/name)")
     from huggingface_hub import snapshot_download
@@ -374,12 +374,12 @@ def not_utf8(path, line, error):
 
 
 def broken_json(path, line, error):
-    reason = getattr(error, "msg",
-                     "nested too deep" if isinstance(error, RecursionError) else error)
+    error = "nested too deep" if isinstance(error, RecursionError) else error
+    reason = getattr(error, "msg", error)
     return ValueError(f"{path}:{line}: broken JSON ({reason})")
 
 
-def array_rows(path, file, block=2 ** 20):
+def array_rows(path, file, block=2 ** 17):
     """Rows of a JSON array in a text file, taken from a window that grows by a block until it holds
     the next one whole."""
     window, line, marks, row_next, closed, piece = "", 1, "[", False, False, True
@@ -409,9 +409,8 @@ def array_rows(path, file, block=2 ** 20):
                 line, window = line + window[:end].count("\n"), window[end:]
                 marks, row_next = ",]", False
             else:
-                raise broken_json(path, line,
-                                  f"{window[:20]!r} " + ("after the array" if closed
-                                                         else "after a row"))
+                place = "after the array" if closed else "after a row"
+                raise broken_json(path, line, f"{window[:20]!r} {place}")
     if not closed:
         raise broken_json(path, line, "the array does not end: is the file truncated?")
 
@@ -523,9 +522,9 @@ def builtin_problems(split, count, seed=0):
             carry = total // 10
         answer = str(a + b + c)
         prompt = f"{a}+{b}+{c}=?"
+        solution = "\n".join(steps) + f"\n\\boxed{{{answer}}}"
         yield {"id": prompt, "source": "builtin", "kind": "math", "prompt": prompt,
-               "answer": answer,
-               "solution": "\n".join(steps) + f"\n\\boxed{{{answer}}}"}
+               "answer": answer, "solution": solution}
 
 
 def builtin_rows(name):
@@ -595,8 +594,7 @@ def load_rows(names, tokenizer, max_seq_len, end_token=None, system="skyt1", as_
     sources = [source for name in map(str, names)
                for source in ([name] if name.startswith("builtin:") else find_data(name))]
     settings = [CACHE_VERSION, end_token or tokenizer.end_token, system, tokenizer.template,
-                tokenizer.bos_token,
-                tokenizer.eos_token, tokenizer.backend.to_str()]
+                tokenizer.bos_token, tokenizer.eos_token, tokenizer.backend.to_str()]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for source in sources:
         digest.update(content_digest(source))
@@ -705,10 +703,8 @@ def tokenize(sources, tokenizer, end_token, system, folder, quiet):
             return
         if error.filename is not None:  # a source that cannot be opened
             raise
-        raise OSError(error.errno,
-                      f"cannot write the token cache: {error.strerror}: free some disk or move it "
-                      f"with --cache",
-                      str(folder.parent)) from None
+        reason = f"cannot write the token cache: {error.strerror}: free some disk, or set --cache"
+        raise OSError(error.errno, reason, str(folder.parent)) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -895,7 +891,9 @@ def one_line_errors(main):
             text = str(error)
             if getattr(error, "filename", None):
                 text = f"{error.filename}: {error.strerror}"
-            print("error: " + " ".join(text.split()), file=sys.stderr)
+            print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # torchrun ends rank 0 as soon as another has ended: let it speak first
         sys.exit(2)
 
 

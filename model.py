@@ -134,8 +134,7 @@ class Qwen2Config:
     def save(self, model_dir, dtype):
         """Writes config.json in the layout that transformers 4 and 5 and vLLM read."""
         raw = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
-               "attention_dropout": 0.0,
-               **asdict(self), "use_sliding_window": False,
+               "attention_dropout": 0.0, **asdict(self), "use_sliding_window": False,
                "torch_dtype": str(dtype).removeprefix("torch.")}
         write_durably(Path(model_dir) / "config.json", [json.dumps(raw, indent=2).encode() + b"\n"])
 
@@ -169,9 +168,8 @@ def refuse_unsupported(path, raw, rope):
 # A model to learn with: random weights, a byte-level tokenizer (data.py), a million parameters.
 BUILTIN = {"builtin:tiny": Qwen2Config(
     vocab_size=259, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
-    initializer_range=0.06, eos_token_id=258)}
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+    tie_word_embeddings=True, initializer_range=0.06, eos_token_id=258)}
 
 
 # ------------------------------------------------------------------------------------------- layers
@@ -400,12 +398,12 @@ class Qwen2(nn.Module):
         cos, sin = rotary_embedding(position_ids, self.config.head_dim, self.config.rope_theta,
                                     x.dtype)
         with self.boundaries():
+            tile = MLP_TILE if self.recompute == "tiled" else None
             for block in self.model.layers:
                 if self.recompute == "block":
                     x = recomputed(block, x, cos, sin, document_lengths)
                 else:
-                    x = block(x, cos, sin, document_lengths,
-                              tile=MLP_TILE if self.recompute == "tiled" else None)
+                    x = block(x, cos, sin, document_lengths, tile)
         tied_weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else None
         return self.lm_head(self.model.norm(x), targets, tied_weight)
 
@@ -449,11 +447,11 @@ def local_part(parameter):
     torch.chunk does."""
     if not isinstance(parameter, DTensor):
         return parameter.data, 0
-    (axis, size,
-     index), = [(p.dim, parameter.device_mesh.size(i), parameter.device_mesh.get_local_rank(i))
-                            for i, p in enumerate(parameter.placements) if p.is_shard()]
-    assert axis == 0, f"cut along axis {axis}"
-    return parameter.to_local(), min(-(-parameter.shape[0] // size) * index, parameter.shape[0])
+    (dimension, placement), = [(i, p) for i, p in enumerate(parameter.placements) if p.is_shard()]
+    assert placement.dim == 0, f"cut along axis {placement.dim}"
+    mesh, length = parameter.device_mesh, parameter.shape[0]
+    rows = -(-length // mesh.size(dimension))  # of every part but the last ones
+    return parameter.to_local(), min(rows * mesh.get_local_rank(dimension), length)
 
 
 @torch.no_grad()
@@ -466,9 +464,8 @@ def init_weights(model, seed):
             local.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             generator = torch.Generator().manual_seed(seed * 100_003 + number)
-            whole = torch.randn(parameter.shape,
-                                generator=generator) * model.config.initializer_range
-            local.copy_(whole[start:start + len(local)])
+            whole = torch.randn(parameter.shape, generator=generator)
+            local.copy_(model.config.initializer_range * whole[start:start + len(local)])
 
 
 def weight_files(model_dir):

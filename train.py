@@ -53,13 +53,11 @@ from model import (BUILTIN, LOSS_CHUNK, MLP_TILE, Qwen2, Qwen2Config, init_weigh
                    sync_folder, write_durably)
 
 BUILTIN_DEFAULTS = dict(data=["builtin:worked:40000"], num_train_epochs=1, max_steps=400,
-                        learning_rate=2e-3,
-                        dtype="float32", system="none", save_steps=100)
+                        learning_rate=2e-3, dtype="float32", system="none", save_steps=100)
 # Dense bf16 TFLOP/s of NVIDIA's data sheets, by what the device's name contains.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H20": 148, "GH200": 989, "B200": 2250,
-               "A100": 312, "A800": 312,
-               "L40S": 362, "L40": 181, "A10G": 70, "A10": 125, "4090": 165, "3090": 71,
-               "5090": 210}
+               "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "A10G": 70, "A10": 125,
+               "4090": 165, "3090": 71, "5090": 210}
 # In the order of preference: none of them holds T x T scores. Flash needs no plan for each document
 # length, as cuDNN does.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
@@ -80,6 +78,7 @@ def parse_arguments():
     def add(name, help, **options):
         shown = "" if options.get("default") is None else f" (default: {options['default']})"
         parser.add_argument(name, help=help + shown, **options)
+
     add("--model", default="builtin:tiny",
         help="folder in Hugging Face layout, hub name, or builtin:tiny")
     add("--data", nargs="+", default=["NovaSky-AI/Sky-T1_data_17k"],
@@ -113,8 +112,7 @@ def parse_arguments():
         help="the same bits on each run on a GPU too, slower")
     add("--recompute", choices=["auto", "none", "block", "tiled"], default="auto",
         help="activations computed again in the backward pass: none; block: all but a block's "
-             "input; tiled: and the MLP "
-             f"{MLP_TILE} tokens at a time; auto: the first that fits")
+             f"input; tiled: and the MLP {MLP_TILE} tokens at a time; auto: the first that fits")
     add("--offload", choices=["auto", "none", "activations", "parameters"], default="auto",
         help="to host memory: recomputation's inputs, or parameters and optimizer too; auto: what "
              "must")
@@ -130,8 +128,7 @@ def parse_arguments():
         parser.set_defaults(**BUILTIN_DEFAULTS)
     args = parser.parse_args()
     for name in ("num_train_epochs", "batch_size", "max_seq_len", "save_steps", "keep_checkpoints",
-                 "learning_rate",
-                 "max_grad_norm"):
+                 "learning_rate", "max_grad_norm"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"--{name} {getattr(args, name)}: must be above 0")
     if not 0 <= args.warmup_ratio <= 1 or args.max_steps < 0 or args.shard_size < 0:
@@ -386,8 +383,7 @@ def load_checkpoint(path, model, optimizer, settings):
         if isinstance(error, dcp.api.CheckpointException):
             reason = next(iter(error.failures.values()))[0]
         raise ValueError(f"{path} is broken or of another model ({type(reason).__name__}: "
-                         f"{str(reason)[:200]}): "
-                         "remove it to continue from an older one") from None
+                         f"{str(reason)[:200]}): remove it to continue from an older one") from None
     for parameter in model.parameters():
         optimizer.state[parameter]["step"].fill_(state["step"])
     return state["step"]
@@ -396,8 +392,8 @@ def load_checkpoint(path, model, optimizer, settings):
 # ------------------------------------------------------------------------------------ output folder
 
 IDENTITY = ("model", "data", "batch_size", "learning_rate", "num_train_epochs", "max_steps",
-            "warmup_ratio", "max_grad_norm",
-            "max_seq_len", "seed", "dtype", "as_published", "end_token", "system")
+            "warmup_ratio", "max_grad_norm", "max_seq_len", "seed", "dtype", "as_published",
+            "end_token", "system")
 
 
 def run_settings(args, model_dir, rows):
@@ -602,8 +598,7 @@ def write_run(out, args, settings, rows, config, log):
         git = ""
     on_gpu = log.device.type == "cuda"
     run = {"arguments": vars(args), "settings": settings, "config": dataclasses.asdict(config),
-           "rows": rows.counts,
-           "num_steps": len(log.lines), "final_loss": log.lines[-1]["loss"],
+           "rows": rows.counts, "num_steps": len(log.lines), "final_loss": log.lines[-1]["loss"],
            "world_size": log.world_size,
            "device": torch.cuda.get_device_name(log.device) if on_gpu else "cpu",
            "gpu_hours": log.gpu_hours if on_gpu else 0.0,
@@ -795,7 +790,7 @@ def main():
     model_dir = node_by_node(data.find_model, args.model)
     config = agreed(Qwen2Config.from_pretrained, model_dir)
     tokenizer = agreed(data.load_tokenizer, model_dir)
-    data.check_against_model(args, config, tokenizer)
+    agreed(data.check_against_model, args, config, tokenizer)
     rows, eval_rows = node_by_node(load_data, args, config, tokenizer)
     settings = agreed(run_settings, args, model_dir, rows)
     same_everywhere(settings)
@@ -831,8 +826,7 @@ def main():
             else f"{out} has no checkpoint yet: starting from the beginning")
     num_parameters = sum(p.numel() for p in model.parameters())
     say(json.dumps({**vars(args), "num_parameters": num_parameters, "world_size": world_size,
-                    "num_steps": num_steps,
-                    "warmup_steps": warmup_steps, "rows": rows.counts,
+                    "num_steps": num_steps, "warmup_steps": warmup_steps, "rows": rows.counts,
                     "tokens": int(rows.lengths.sum())}, indent=2))
     if rank == 0:
         check_disk(out, num_parameters, args.keep_checkpoints, getattr(torch, args.dtype))
@@ -864,8 +858,7 @@ def main():
 
         step += 1
         line = dict(step=step - 1, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm,
-                    num_target_tokens=num_targets,
-                    num_tokens=num_tokens, micro_steps=len(packed),
+                    num_target_tokens=num_targets, num_tokens=num_tokens, micro_steps=len(packed),
                     seconds=time.perf_counter() - start)
         saving = step % args.save_steps == 0 or step == num_steps or stop
         # an interrupted run may have little time left
@@ -900,8 +893,7 @@ def one_line_out_of_memory():
     except torch.OutOfMemoryError:
         # perhaps on this rank alone, so that no other would hear of an exception
         print("error: out of GPU memory: try --recompute tiled --offload activations, --offload "
-              "parameters, more GPUs, or a lower "
-              "--max_seq_len", file=sys.stderr, flush=True)
+              "parameters, more GPUs, or a lower --max_seq_len", file=sys.stderr, flush=True)
         os._exit(2)
 
 

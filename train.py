@@ -610,7 +610,7 @@ def write_run(out, args, settings, rows, config, log):
     write_durably(out / "run.json", [json.dumps(run, indent=2).encode() + b"\n"])
 
 
-def draw_loss(path, losses, width=720, height=360, margin=48):
+def draw_loss(path, losses, width=720, height=360, margin=64):
     """The loss curve as an SVG: each step grey, their running mean blue."""
     low, high = min(losses), max(losses)
     high = high if high > low else low + 1
@@ -887,17 +887,26 @@ def main():
                   "      python train.py --model DIR --data rows.jsonl    (a model of your own)")
 
 
-def one_line_out_of_memory():
+def run():
+    """main() with its errors in one line. A failed process ends at once: a normal exit would tear
+    down the process group's threads while other ranks use them, and may abort with another status.
+    """
+    status = 0
     try:
-        main()
-    except torch.OutOfMemoryError:
-        # perhaps on this rank alone, so that no other would hear of an exception
+        data.one_line_errors(main)
+    except SystemExit as end:
+        status = end.code or 0
+    except torch.OutOfMemoryError:  # perhaps on this rank alone, so each says it
         print("error: out of GPU memory: try --recompute tiled --offload activations, --offload "
-              "parameters, more GPUs, or a lower --max_seq_len", file=sys.stderr, flush=True)
-        os._exit(2)
+              "parameters, more GPUs, or a lower --max_seq_len", file=sys.stderr)
+        status = 2
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        os._exit(status)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    data.one_line_errors(one_line_out_of_memory)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    run()

@@ -492,14 +492,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(model_dir, ro
     script.write_text(f"""
 import os, resource, sys
 sys.path.insert(0, {str(ROOT)!r})
-import data, train
+import train
 save = train.save_checkpoint
 def limited(folder, model, optimizer, step, *rest):
     if step == 4:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     save(folder, model, optimizer, step, *rest)
 train.save_checkpoint = limited
-data.one_line_errors(train.main)
+train.run()
 """)
     done = run_script(script, *arguments, processes=2, check=False)
     assert "step-000004" in done.stderr and "then --resume" in done.stderr and ended_with_2(done), done.stderr

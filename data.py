@@ -898,6 +898,7 @@ def one_line_errors(main):
 
 
 def main():
+    """Prints counts, lengths, packing and one row of the data that the flags name."""
     parser = argparse.ArgumentParser(description="Shows what train.py will see of some data.")
     parser.add_argument("data", nargs="+", help="files, hub data sets or builtin:...")
     parser.add_argument("--model", required=True,

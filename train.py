@@ -70,6 +70,7 @@ MEMORY_SHARE = {"cuda": 0.88, "cpu": 0.5}
 # ------------------------------------------------------------------------------------- command line
 
 def parse_arguments():
+    """The flags, with the recipe's defaults or the built-in model's. ValueError for a bad value."""
     parser = argparse.ArgumentParser(
         description="Fine-tunes a Qwen2. The defaults are the recipe of Sky-T1-32B-Preview; "
                     "builtin:tiny has its own: "
@@ -774,6 +775,7 @@ def show_held_out(out, tokenizer, count=64, shown=4):
 
 
 def main():
+    """One run: processes, input, model, output folder, the loop, the finished folder."""
     args = parse_arguments()
 
     # 1. processes

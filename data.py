@@ -1,19 +1,21 @@
-"""From published rows to packed batches: tokenizer, chat template, reading, the token cache,
-packing, a built-in task.
+"""From published rows to packed batches: tokenizer, chat template, reading rows and problems, the
+token cache, packing, a built-in task.
 
     python data.py FILE --model DIR     # counts, lengths, packing, one row with its mask in colour
 
 A training row is ShareGPT (`system`, `conversations` of from/value), `messages` of role/content, or
 a kept sample (a problem's fields and `response`). Rows come from .json, .jsonl (also .gz), .csv and
-.parquet files, from data sets on the Hugging Face hub, and from `builtin:...`. Loss is taken on
-what the assistant says and on its end token, found by position: several tokenizers pad with their
-end token, and a mask made by token id would teach a model never to stop.
+.parquet files, from data sets on the Hugging Face hub, and from `builtin:...`. So do problems,
+whose published layouts are told apart by their fields. Loss is taken on what the assistant says and
+on its end token, found by position: several tokenizers pad with their end token, and a mask made by
+token id would teach a model never to stop.
 
 Sources: the formats and prompts of NovaSky's Sky-T1 (github.com/NovaSky-AI/SkyThought); the chat
 template of Qwen2.5-Instruct. Limits: plain text turns only (no tools, no images); .parquet needs
 pyarrow.
 """
 import argparse
+import base64
 import csv
 import errno
 import functools
@@ -22,6 +24,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -29,6 +32,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +90,7 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
          "gpt": "assistant"}
 DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
 MAX_SEQ_LEN = 16384  # the recipe's
-CACHE_VERSION = 1  # part of the cache's key: raise it when the meaning of the cached files changes
+CACHE_VERSION = 2  # part of the cache's key: raise it when the meaning of the cached files changes
 
 
 # ---------------------------------------------------------------------- tokenizer and chat template
@@ -456,7 +460,12 @@ def recipe_prompt(problem):
         raise ValueError(f"unknown kind {kind!r}: must be math, choice or code")
     if kind == "code" and not (isinstance(tests, list) and isinstance(tests[0], dict)):
         raise ValueError("`tests` must be a list of objects")
-    prompt = {"math": MATH_PROMPT, "choice": CHOICE_PROMPT, None: ""}
+    if kind == "choice":  # the recipe's prompt names four letters; MMLU-Pro has up to ten
+        letters = sorted(set(re.findall(r"^([A-Z])\) ", problem["prompt"], re.M)))
+        *letters, last = letters if len(letters) > 1 else "ABCD"
+        return (CHOICE_PROMPT.replace("A, B, C, or D", f"{', '.join(letters)}, or {last}")
+                + problem["prompt"])
+    prompt = {"math": MATH_PROMPT, None: ""}
     return (prompt[kind] if kind != "code" else STDIN_PROMPT if "input" in tests[0]
             else CALL_PROMPT) + problem["prompt"]
 
@@ -495,12 +504,16 @@ def turn_of(turn, role_field, text_field):
     role, text = turn[role_field], turn.get(text_field)
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"unknown role {role!r}: must be one of {', '.join(ROLES)}")
+    return {"role": ROLES[role], "content": check_text(text, f"`{text_field}` of a {role} turn")}
+
+
+def check_text(text, what):
+    """The text, if a tokenizer can take it; else ValueError."""
     if not isinstance(text, str):
-        raise ValueError(f"`{text_field}` of a {role} turn is not a string")
+        raise ValueError(f"{what} is not a string")
     if re.search("[\ud800-\udfff]", text):
-        raise ValueError(f"`{text_field}` of a {role} turn holds half a character (a lone "
-                         f"surrogate)")
-    return {"role": ROLES[role], "content": text}
+        raise ValueError(f"{what} holds half a character (a lone surrogate)")
+    return text
 
 
 # ---------------------------------------------------------------------------------- a built-in task
@@ -530,14 +543,334 @@ def builtin_problems(split, count, seed=0):
 def builtin_rows(name):
     """Training rows of `builtin:worked` (solutions digit by digit), `builtin:bare` (the answer
     alone), each :COUNT long."""
-    _, kind, count = (name + ":20000").split(":")[:3]
-    if kind not in ("worked", "bare") or not count.isdigit():
-        raise ValueError(f"{name}: the built-in data are builtin:worked and builtin:bare, each "
-                         f"with :COUNT after it if wanted")
-    for problem in builtin_problems("train", int(count)):
+    kind, count = builtin_name(name, "worked", "bare", count=20_000)
+    for problem in builtin_problems("train", count):
         response = problem["solution"] if kind == "worked" else f"\\boxed{{{problem['answer']}}}"
         yield {"messages": [{"role": "user", "content": problem["prompt"]},
                             {"role": "assistant", "content": response}]}
+
+
+def builtin_name(name, *kinds, count):
+    """What follows `builtin:` in a name: one of the kinds, and the number of rows."""
+    _, kind, count = (name + f":{count}").split(":")[:3]
+    if kind not in kinds or not count.isdigit():
+        known = " and ".join(f"builtin:{kind}" for kind in kinds)
+        raise ValueError(f"{name}: the built-in data are {known}, each with :COUNT after it if "
+                         f"wanted")
+    return kind, int(count)
+
+
+# --------------------------------------------------------------------------------- reading problems
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+ID_FIELDS = ("id", "unique_id", "question_id", "record id", "task_id", "problem_id", "uuid")
+CONTENT = ("kind", "prompt", "answer", "tests")
+CARRIED = ("subject", "level", "difficulty", "contest_date")  # to score by; kept where a row has it
+
+
+def read_problems(names, counts=None):
+    """Yields the problems of files, folders, hub data sets, `builtin:train` and `builtin:heldout`
+    (:COUNT) as dicts of `id`, `source`, `kind`, `prompt`, and `answer` or `tests`; samples keep
+    their further fields.
+
+    Duplicates and problems without question, answer or tests are dropped and counted, in the
+    Counter `counts` or else on stderr. Raises ValueError that names file, line and field, also for
+    two problems of one source and id.
+    """
+    silent, counts, seen = counts is not None, Counter() if counts is None else counts, {}
+    for row, where, source in problem_rows(names):
+        counts["rows"] += 1
+        try:
+            problem = to_problem(row, source)
+            reason = unusable(problem)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        key = content_hash(problem, "source", "id", "sample")
+        content = content_hash(problem, *CONTENT, "response")
+        if reason is None and key in seen:
+            first, first_where = seen[key]
+            if first != content:
+                raise ValueError(f"{where}: `id` {problem['id']!r} of source {problem['source']!r} "
+                                 f"is taken by another problem ({first_where}): rename one of them")
+            reason = "duplicates"
+        counts[reason or "kept"] += 1
+        if reason is None:
+            seen[key] = content, where
+            yield problem
+    summary = "  ".join(f"{name}: {count:,}" for name, count in counts.items())
+    if not seen:
+        raise ValueError(f"{', '.join(map(str, names))}: no problem left ({summary})")
+    if not silent and counts["rows"] > counts["kept"]:
+        print(summary, file=sys.stderr)
+
+
+def problem_rows(names):
+    """Yields (row, its place, the source if the row names none: the hub data set, or the file's
+    stem)."""
+    for name in map(str, names):
+        if name.startswith("builtin:"):
+            problems = builtin_problems(*builtin_name(name, "train", "heldout", count=500))
+            yield from ((row, f"{name}:{line}", "builtin") for line, row in enumerate(problems, 1))
+            continue
+        from_hub = not Path(name).expanduser().exists()
+        for path in find_data(name):
+            stem = re.sub(r"(-\d+-of-\d+)?\.(jsonl?|csv|parquet)(\.gz)?$", "", path.name)
+            for row, line in read_rows(path):
+                yield row, f"{path}:{line}", name if from_hub else stem
+
+
+def to_problem(row, source):
+    """A published row as a problem, its layout told by its fields. What is missing is empty, see
+    `unusable`; what is broken is a ValueError that names the field."""
+    fields = {str(name).lower(): value for name, value in row.items()}
+    convert = next((function for needed, function in LAYOUTS if needed <= fields.keys()), None)
+    if convert is None:
+        raise ValueError(f"not a problem (fields: {', '.join(map(str, row)) or 'none'}): it needs "
+                         f"`prompt` with `answer` or `tests`, or a data set's (LAYOUTS in data.py)")
+    problem = convert(fields)
+    carried = {name: fields[name] for name in CARRIED if fields.get(name) is not None}
+    own = {"id": row_id(fields) or content_hash(problem, *CONTENT),
+           "source": scalar(fields, "source") or source,
+           "kind": scalar(fields, "kind") or problem["kind"]}
+    return own | carried | problem | own
+
+
+def unusable(problem):
+    """Why a problem cannot be asked or judged, or None. ValueError where kind, answer and tests do
+    not fit together, or a test has none of the three forms."""
+    kind, needs = problem["kind"], "tests" if problem["kind"] == "code" else "answer"
+    if kind not in ("math", "choice", "code"):
+        raise ValueError(f"unknown kind {kind!r}: must be math, choice or code")
+    if needs not in problem:
+        raise ValueError(f"`kind` is {kind}, but there is no `{needs}`")
+    if kind == "choice" and not re.fullmatch("[A-Z]?", problem["answer"]):
+        raise ValueError(f"`answer` of a choice must be a letter, not {problem['answer']!r}")
+    if kind == "code" and not all(map(is_test, problem["tests"])):
+        raise ValueError("`tests` must be objects with `input` and `output`, `fn_name`, `args` and "
+                         "`expected`, or `assert`")
+    if not problem["prompt"].strip():
+        return "without question"
+    return None if problem[needs] else f"without {needs}"
+
+
+def is_test(test):
+    forms = ({"input": str, "output": str}, {"fn_name": str, "args": list, "expected": object},
+             {"assert": str})
+    return (isinstance(test, dict) and isinstance(test.get("setup", ""), str)
+            and any(all(name in test and isinstance(test[name], kind)
+                        for name, kind in form.items()) for form in forms))
+
+
+def content_hash(problem, *names):
+    text = json.dumps([problem.get(name) for name in names], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def row_id(row):
+    return next(filter(None, (scalar(row, name) for name in ID_FIELDS)), "")
+
+
+def scalar(row, name):
+    """A field that is a string or a number, as stripped text; "" where it is missing or NaN."""
+    value = row.get(name)
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"`{name}` must be a string or a number, not {type(value).__name__}")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column with gaps makes 70 a 70.0
+    return check_text(str(value), f"`{name}`").strip()
+
+
+def parsed(row, name, kind):
+    """A list or dict that may be written as JSON; an empty one where it is missing."""
+    value = row.get(name)
+    try:
+        value = json.loads(value or "null") if isinstance(value, str) else value
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"`{name}` is broken JSON ({getattr(error, 'msg', error)})") from None
+    except ValueError:  # an integer of more digits than Python reads: nothing to test with
+        value = None
+    if not isinstance(value, kind | None):
+        raise ValueError(f"`{name}` must be a {kind.__name__}, not {type(value).__name__}")
+    return value or kind()
+
+
+def text_of(row, *names):
+    """The first of these fields that the row has: a string."""
+    name = next((name for name in names if name in row), names[0])
+    return check_text(row[name], f"`{name}`")
+
+
+def with_starter(question, row):
+    starter = check_text(row.get("starter_code") or "", "`starter_code`")
+    return question.strip() + ("\n\n" + starter.rstrip() if starter.strip() else "")
+
+
+def lettered(question, options):
+    return question.strip() + "".join(f"\n{letter}) {option}"
+                                      for letter, option in zip(LETTERS, options))
+
+
+def last_boxed(text):
+    """What the last \\boxed or \\fbox with balanced braces holds, or ""."""
+    for box in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*(?:\{|(-?\d[\d.,]*))", text))):
+        if box[1]:  # \boxed 5
+            return box[1].rstrip(".,")
+        depth = 1
+        for token in re.finditer(r"\\.|[{}]", text[box.end():], re.S):
+            depth += {"{": 1, "}": -1}.get(token[0], 0)
+            if depth == 0:
+                return text[box.end():box.end() + token.start()].strip()
+    return ""
+
+
+def own_problem(row):
+    """Our own problems, samples and verified samples."""
+    problem = {**row, "prompt": text_of(row, "prompt")}
+    if "tests" in row:
+        problem["tests"] = parsed(row, "tests", list)
+    if "answer" in row:
+        problem["answer"] = scalar(row, "answer")
+    return problem | {"kind": "code" if problem.get("tests") or "answer" not in row else "math"}
+
+
+def math_problem(row):
+    """NuminaMath (huggingface.co/AI-MO; 1.5 writes `proof` or `notfound` where there is no answer),
+    MATH (arXiv 2103.03874) and MATH-500, AIME 2024 and 2025, GSM8K (arXiv 2110.14168)."""
+    answer = scalar(row, "answer")
+    if "####" in answer:  # GSM8K's: the working, then #### 1,234
+        answer = answer.rpartition("####")[2].strip().replace(",", "")
+    answer = answer or last_boxed(scalar(row, "solution"))
+    return {"kind": "math", "prompt": text_of(row, "problem", "question").strip(),
+            "answer": "" if answer in ("proof", "notfound") else answer}
+
+
+def choice_problem(row):
+    """MMLU (arXiv 2009.03300; the answer is an index from 0), MMLU-Pro (arXiv 2406.01574; a
+    letter)."""
+    name = "options" if "options" in row else "choices"
+    options = [scalar({name: option}, name) for option in parsed(row, name, list)]
+    answer, valid = scalar(row, "answer").strip("(). ").upper(), LETTERS[:len(options)]
+    # an index; as text (.csv) only where it is no option's text too
+    if answer.isdigit() and not (isinstance(row["answer"], str) and answer in options):
+        answer = valid[int(answer):int(answer) + 1] or answer
+    if answer and (len(answer) > 1 or answer not in valid):
+        raise ValueError(f"`answer` {row['answer']!r} names none of the {len(options)} options")
+    return {"kind": "choice", "prompt": lettered(text_of(row, "question"), options),
+            "answer": answer}
+
+
+def gpqa_problem(row):
+    """GPQA (arXiv 2311.12022) publishes the right answer first: here the id draws the order."""
+    names = ["correct answer", *(f"incorrect answer {i}" for i in (1, 2, 3))]
+    options = [scalar(row, name) for name in names]
+    order = random.Random(row_id(row) or text_of(row, "question")).sample(range(4), 4)
+    return {"kind": "choice", "answer": LETTERS[order.index(0)] if options[0] else "",
+            "prompt": lettered(text_of(row, "question"), [options[i] for i in order])}
+
+
+def apps_problem(row):
+    """APPS (arXiv 2105.09938) and TACO (arXiv 2312.14852): tests by stdin, or by call where they
+    name a function. Their evaluators (testing_util.py) take as right what equals a call's output or
+    its first element, since Codewars' outputs are wrapped in a list and LeetCode's are not. Here
+    they count as wrapped if all are lists of one, unless the function is declared to return a list.
+    Tests that do not pair up are none."""
+    in_out = parsed(row, "input_output", dict)
+    inputs, outputs = parsed(in_out, "inputs", list), parsed(in_out, "outputs", list)
+    problem = {"kind": "code", "tests": [],
+               "prompt": with_starter(text_of(row, "question"), row)}
+    if len(inputs) != len(outputs):
+        return problem
+    if not in_out.get("fn_name"):
+        tests = [{"input": joined(i), "output": joined(o)} for i, o in zip(inputs, outputs)]
+        return problem | {"tests": tests}
+    returns_list = re.search(r"->\s*['\"]?(typing\.)?(Optional\[)?list\b", problem["prompt"], re.I)
+    if not returns_list and all(isinstance(o, list) and len(o) == 1 for o in outputs):
+        outputs = [o[0] for o in outputs]
+    if all(isinstance(i, list) for i in inputs):
+        problem["tests"] = [{"fn_name": in_out["fn_name"], "args": i, "expected": o}
+                            for i, o in zip(inputs, outputs)]
+    return problem
+
+
+def joined(lines):
+    return "\n".join(map(str, lines)) if isinstance(lines, list) else str(lines)
+
+
+def livecodebench_problem(row):
+    """LiveCodeBench (arXiv 2403.07974; lcb_runner/benchmarks/code_generation.py): public and
+    private tests; the arguments of a call are JSON values, one a line."""
+    fn_name, tests = parsed(row, "metadata", dict).get("func_name"), []
+    for name in ("public_test_cases", "private_test_cases"):
+        for test in parsed({name: unpacked(row[name], name)}, name, list):
+            try:
+                if test["testtype"] == "stdin":
+                    tests.append({"input": test["input"], "output": test["output"]})
+                else:
+                    args = [json.loads(s) for s in test["input"].split("\n") if s.strip()]
+                    tests.append({"fn_name": fn_name, "args": args,
+                                  "expected": json.loads(test["output"])})
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise ValueError(f"`{name}` holds a broken test ({reason})") from None
+    return {"kind": "code", "tests": tests,
+            "prompt": with_starter(text_of(row, "question_content"), row)}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Strings, numbers, lists and dicts; a pickle that names a class or function could run code."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def unpacked(value, name):
+    """LiveCodeBench's private tests: JSON, pickled, deflated and in base64; JSON stays as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] in ("", "["):
+        return value
+    try:
+        return PlainUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(value)))).load()
+    except Exception as error:  # broken pickles raise nearly everything
+        raise ValueError(f"`{name}` is neither JSON nor a packed text ({error})") from None
+
+
+def humaneval_problem(row):
+    """HumanEval (arXiv 2107.03374): a function to complete. Imports and helpers before it are the
+    setup of the test, since an answer may leave them out."""
+    prompt, name = text_of(row, "prompt"), text_of(row, "entry_point")
+    start = re.search(rf"^def {re.escape(name)}\b", prompt, re.M)
+    if not start:
+        raise ValueError(f"`entry_point` {name!r} is not defined in `prompt`")
+    test = {"assert": f"{text_of(row, 'test').rstrip()}\n\ncheck({name})\n",
+            "setup": prompt[:start.start()]}
+    return {"kind": "code", "tests": [test],
+            "prompt": f"Complete the function `{name}` and return the whole of it:\n\n"
+                      f"{prompt.strip()}\n"}
+
+
+def mbpp_problem(row):
+    """MBPP (arXiv 2108.07732) and its sanitized version; the prompt shows the tests, which alone
+    name the function."""
+    asserts = [check_text(test, "`test_list`") for test in parsed(row, "test_list", list)]
+    setup = "\n".join([*map(str, parsed(row, "test_imports", list)),
+                       scalar(row, "test_setup_code")]).strip()
+    question = text_of(row, "text", "prompt").strip()
+    return {"kind": "code", "tests": [{"assert": test, "setup": setup} for test in asserts],
+            "prompt": "\n".join([question, "Your code should pass these tests:", "", *asserts])}
+
+
+LAYOUTS = (  # the fields, in small letters, by which a layout is told; the first that fits
+    ({"prompt", "answer"}, own_problem), ({"prompt", "tests"}, own_problem),
+    ({"prompt", "entry_point", "test"}, humaneval_problem),
+    ({"text", "test_list"}, mbpp_problem), ({"prompt", "test_list"}, mbpp_problem),
+    ({"question_content", "public_test_cases", "private_test_cases"}, livecodebench_problem),
+    ({"question", *(f"incorrect answer {i}" for i in (1, 2, 3)), "correct answer"}, gpqa_problem),
+    ({"question", "input_output"}, apps_problem),
+    ({"question", "choices", "answer"}, choice_problem),
+    ({"question", "options", "answer"}, choice_problem),
+    ({"problem", "answer"}, math_problem), ({"problem", "solution"}, math_problem),
+    ({"question", "answer"}, math_problem))
 
 
 # ------------------------------------------------------------------- tokenised rows in a memory map

@@ -1,11 +1,15 @@
 """data.py: the exact strings and masks, what is read and refused, what packing must not leak."""
+import base64
 import gzip
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
+import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,8 @@ import data
 from conftest import ROOT, run_script, shared_file, small_config
 from data import (IGNORE, assemble, batch_indices, builtin_problems, builtin_tokenizer,
                   encode_conversation, epoch_order,
-                  imbalance, load_rows, load_tokenizer, pack, read_rows, render_chat, to_messages)
+                  imbalance, load_rows, load_tokenizer, pack, read_problems, read_rows, render_chat,
+                  to_messages)
 from model import Qwen2Config
 
 USER, ASSISTANT = {"role": "user", "content": "Hi  there\n"}, {"role": "assistant",
@@ -510,6 +515,263 @@ def test_builtin_problems_are_right_and_splits_are_disjoint():
             left, right = step.split("=")
             assert eval(left) == int(right)
     assert list(builtin_problems("train", 5)) == train[:5]
+
+
+# --------------------------------------------------------------------------------- reading problems
+
+def problems(path, *rows, counts=None):
+    path = path / "set.jsonl" if path.is_dir() else path
+    path.write_bytes(lines(*rows))
+    return list(read_problems([path], counts))
+
+
+OWN = {"id": "1", "source": "s", "kind": "math", "prompt": "1+1?", "answer": "2"}
+STDIN, CALL = {"input": "1", "output": "2"}, {"fn_name": "f", "args": [1], "expected": 2}
+GPQA = {"Question": "Q?\n", "Correct Answer": " right\n", "Record ID": "rec1",
+        **{f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2, 3)}}
+MATH_ROWS = {
+    "our own": (OWN, "2"),
+    "a number": ({**OWN, "answer": 2}, "2"), "a float": ({**OWN, "answer": 2.0}, "2"),
+    "NuminaMath": ({"source": "olympiads", "problem": "P", "messages": [],
+                    "solution": r"\boxed{1}, no: \boxed{\frac{1}{\{2\}}}"}, r"\frac{1}{\{2\}}"),
+    "an unbalanced box": ({"problem": "P", "solution": r"\boxed{3} \boxed{4"}, "3"),
+    "a nested box": ({"problem": "P", "solution": r"\fbox{\boxed{7}}"}, "7"),
+    "a box without braces": ({"problem": "P", "solution": r"so $\boxed 1.5$."}, "1.5"),
+    "MATH-500": ({"problem": "P", "solution": r"\boxed{1}", "answer": r"\frac12",
+                  "subject": "Algebra", "level": 2, "unique_id": "test/1.json"}, r"\frac12"),
+    "AIME 2024": ({"id": 60, "problem": "P", "solution": "S", "answer": "204", "year": "2024"},
+                  "204"),
+    "AIME 2024, capitals": ({"ID": "2024-I-1", "Problem": "P", "Solution": "S", "Answer": 204},
+                            "204"),
+    "AIME 2025": ({"question": "P", "answer": "70"}, "70"),
+    "GSM8K": ({"question": "P", "answer": "1 < 2\n#### 1,234"}, "1234"),
+}
+
+
+@pytest.mark.parametrize("name", MATH_ROWS)
+def test_maths_layouts_give_question_and_answer(tmp_path, name):
+    row, expected = MATH_ROWS[name]
+    problem, = problems(tmp_path, row)
+    assert (problem["kind"], problem["answer"]) == ("math", expected)
+    assert problem["prompt"] == row.get("prompt", "P")
+    assert problem["source"] == row.get("source", "set")
+    stated = [str(v) for k, v in row.items() if k.lower() in ("id", "unique_id")]
+    assert [problem["id"]] == stated or not stated and len(problem["id"]) == 16
+
+
+def test_what_scores_are_split_by_is_carried(tmp_path):
+    problem, = problems(tmp_path, MATH_ROWS["MATH-500"][0])
+    assert (problem["subject"], problem["level"]) == ("Algebra", 2) and "solution" not in problem
+
+
+@pytest.mark.parametrize("fields, letter", [
+    ({"choices": ["a", "b", "c", "d"], "answer": 2}, "C"),
+    ({"choices": ["a", "b", "c", "d"], "answer": "2"}, "C"),
+    ({"options": list("abcdefghij"), "answer": "J", "answer_index": 9}, "J"),
+    ({"options": '["a", "b"]', "answer": "(b)"}, "B")])
+def test_multiple_choice_gets_lettered_options(tmp_path, fields, letter):
+    problem, = problems(tmp_path, {"question": "Which?", **fields})
+    assert (problem["kind"], problem["answer"]) == ("choice", letter)
+    assert problem["prompt"].startswith("Which?\nA) a\nB) b")
+    assert f"\n{letter}) {letter.lower()}" in problem["prompt"]
+
+
+def test_gpqas_options_are_ordered_by_the_id(tmp_path):
+    problem, = problems(tmp_path, GPQA)
+    again, = problems(tmp_path, {**GPQA, "Subdomain": "x"})
+    assert again == problem and f"\n{problem['answer']}) right" in problem["prompt"]
+    assert sorted(p[3:] for p in problem["prompt"].splitlines()[1:]) == ["right", "wrong 1",
+                                                                         "wrong 2", "wrong 3"]
+    many = problems(tmp_path, *({**GPQA, "Record ID": f"rec{i}"} for i in range(40)))
+    assert {p["answer"] for p in many} == set("ABCD")
+
+
+def apps(starter="", **in_out):
+    return {"question": "Q\n", "starter_code": starter, "difficulty": "hard",
+            "input_output": json.dumps(in_out)}
+
+
+def call(args, expected):
+    return {"fn_name": "f", "args": args, "expected": expected}
+
+
+@pytest.mark.parametrize("row, tests", [
+    (apps(inputs=["1\n", ["1", "2"]], outputs=["2\n", ["3"]]),
+     [{"input": "1\n", "output": "2\n"}, {"input": "1\n2", "output": "3"}]),
+    ({**apps(), "input_output": {"inputs": ["1"], "outputs": ["2"]}}, [STDIN]),
+    # wrapped in a list, as Codewars' outputs are; as they are, as LeetCode's; declared a list
+    (apps(inputs=[[1], [2]], outputs=[[2], [[4]]], fn_name="f"), [call([1], 2), call([2], [4])]),
+    (apps(inputs=[[1], [2]], outputs=[[2], [4, 5]], fn_name="f"),
+     [call([1], [2]), call([2], [4, 5])]),
+    (apps(inputs=[[1]], outputs=[True], fn_name="f"), [call([1], True)]),
+    (apps("class Solution:\n    def f(self, x: int) -> List[int]:\n", inputs=[[1]], outputs=[[2]],
+          fn_name="f"), [call([1], [2])])])
+def test_apps_and_taco_give_stdin_and_call_tests(tmp_path, row, tests):
+    problem, = problems(tmp_path, row)
+    assert problem["kind"] == "code" and problem["tests"] == tests
+    assert problem["prompt"] == "Q" + ("\n\n" + row["starter_code"].rstrip()) * bool(
+        row["starter_code"])
+
+
+def livecodebench(private, fn_name=None):
+    public = [{"input": "1", "output": "2", "testtype": "functional" if fn_name else "stdin"}]
+    return {"question_content": "Q", "question_id": "abc", "starter_code": "",
+            "contest_date": "2023-08-20", "public_test_cases": json.dumps(public),
+            "private_test_cases": private, "metadata": json.dumps({"func_name": fn_name})}
+
+
+def test_livecodebenchs_private_tests_are_unpacked(tmp_path):
+    private = json.dumps([{"input": '[1]\n"a b"', "output": "[2]", "testtype": "functional"}])
+    packed = base64.b64encode(zlib.compress(pickle.dumps(private))).decode()
+    for text in (private, packed):
+        problem, = problems(tmp_path, livecodebench(text, "f"))
+        assert problem["tests"] == [call([1], 2), call([[1], "a b"], [2])]
+        assert problem["id"] == "abc" and problem["contest_date"] == "2023-08-20"
+    problem, = problems(tmp_path, livecodebench("[]"))
+    assert problem["tests"] == [STDIN]
+
+
+def test_a_pickle_that_names_a_function_is_refused_before_it_runs(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+    packed = base64.b64encode(zlib.compress(pickle.dumps(Evil()))).decode()
+    with pytest.raises(ValueError, match="set.jsonl:1: `private_test_cases` .*it names .*mkdir"):
+        problems(tmp_path, livecodebench(packed))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_mbpps_prompt_shows_its_tests(tmp_path):
+    row = {"task_id": 11, "text": "Write f.", "test_list": ["assert f(1) == 2"],
+           "test_setup_code": "import math"}
+    sanitized = {"task_id": 11, "prompt": "Write f.", "test_list": ["assert f(1) == 2"],
+                 "test_imports": ["import math"]}
+    for problem in (*problems(tmp_path, row), *problems(tmp_path, sanitized)):
+        assert problem["tests"] == [{"assert": "assert f(1) == 2", "setup": "import math"}]
+        assert problem["prompt"].startswith("Write f.\n") and "f(1) == 2" in problem["prompt"]
+
+
+def test_every_humaneval_row_converts_and_its_own_solution_passes():
+    """The solution without the prompt's imports and helpers: the test's setup brings them."""
+    path = shared_file("humaneval/HumanEval.jsonl.gz")
+    found, rows = list(read_problems([path])), [row for row, _ in read_rows(path)]
+    assert len(found) == 164 and found[32]["tests"][0]["setup"].count("def poly") == 1
+    for problem, row in zip(found, rows):
+        test, = problem["tests"]
+        assert problem["id"] == row["task_id"] and row["prompt"].strip() in problem["prompt"]
+        assert "without invoking it" in data.recipe_prompt(problem)
+        program = row["prompt"].removeprefix(test["setup"]) + row["canonical_solution"]
+        names = {}
+        for source in (test["setup"], program, test["assert"]):
+            exec(source, names)
+
+
+@pytest.mark.parametrize("name, count", [("aime_2024", 30), ("aime_2025", 30), ("math500", 500),
+                                         ("gsm8k_test", 1319)])
+def test_published_maths_sets_are_read_whole(name, count):
+    counts = Counter()
+    found = list(read_problems([shared_file(f"problems/{name}.jsonl")], counts))
+    assert counts == {"rows": count, "kept": count} and len({p["id"] for p in found}) == count
+    assert {p["source"] for p in found} == {name} and all(p["answer"] for p in found)
+
+
+def test_samples_pass_whole_and_are_keyed_by_their_number(tmp_path):
+    samples = [{**OWN, "sample": i, "response": "r", "finish_reason": "stop", "passed": True}
+               for i in range(2)]
+    assert problems(tmp_path, *samples) == samples
+
+
+DROPPED = {
+    "duplicates": (OWN, {"problem": "P", "answer": "1"}, {"problem": "P", "answer": 1}),
+    "without answer": (OWN, {"problem": "P", "solution": "a proof"},
+                       {"problem": "P", "solution": r"\boxed{x}", "answer": "proof"}),
+    "without tests": (OWN, apps(inputs=[], outputs=[]), {**apps(), "input_output": ""},
+                      apps(inputs=["1"], outputs=[]), {**OWN, "kind": "code", "tests": []},
+                      {**apps(), "input_output": '{"inputs": [[%s]]}' % ("1" * 5000)},
+                      apps(inputs=["x = 1"], outputs=[1], fn_name="f")),
+    "without question": (OWN, {"problem": " ", "answer": "1"}),
+}
+
+
+@pytest.mark.parametrize("reason", DROPPED)
+def test_nothing_is_dropped_without_a_count(tmp_path, capsys, reason):
+    rows, counts = DROPPED[reason], Counter()
+    found = problems(tmp_path, *rows, counts=counts)
+    assert counts["rows"] == len(rows) and counts["kept"] == len(found)
+    assert counts[reason] == len(rows) - len(found) > 0 and not capsys.readouterr().err
+    problems(tmp_path, *rows)
+    assert f"{reason}: {counts[reason]}" in capsys.readouterr().err
+
+
+def test_a_file_of_which_no_problem_is_left_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="set.jsonl: no problem left .*without answer: 1"):
+        problems(tmp_path, DROPPED["without answer"][1])
+
+
+BROKEN_PROBLEMS = {
+    "another layout": ({"x": 1}, r"not a problem \(fields: x\)"),
+    "answer list": ({**OWN, "answer": ["2"]}, "`answer` must be a string or a number, not list"),
+    "answer bool": ({**OWN, "answer": True}, "`answer` must be a string or a number, not bool"),
+    "prompt": ({**OWN, "prompt": 5}, "`prompt` is not a string"),
+    "problem": ({"problem": None, "answer": "1"}, "`problem` is not a string"),
+    "half a character": ({"problem": "\ud83d", "answer": "1"}, "`problem` holds half a character"),
+    "unknown kind": ({**OWN, "kind": "essay"}, "unknown kind 'essay'"),
+    "kind without tests": ({**OWN, "kind": "code"}, "`kind` is code, but there is no `tests`"),
+    "kind without answer": ({"kind": "math", "prompt": "P", "tests": [STDIN]},
+                            "`kind` is math, but there is no `answer`"),
+    "choice": ({**OWN, "kind": "choice"}, "`answer` of a choice must be a letter, not '2'"),
+    "tests": ({"prompt": "P", "tests": [{"input": 1, "output": "2"}]}, "`tests` must be objects"),
+    "tests text": ({"prompt": "P", "tests": "x"}, "`tests` is broken JSON"),
+    "source": ({**OWN, "source": [1]}, "`source` must be a string or a number"),
+    "no such option": ({"question": "Q", "options": ["a", "b"], "answer": "C"},
+                       "`answer` 'C' names none of the 2 options"),
+    "no such index": ({"question": "Q", "choices": ["a", "b"], "answer": 2}, "`answer` 2 names"),
+    "index or text": ({"question": "Q", "choices": ["0", "1"], "answer": "1"}, "`answer` '1'"),
+    "input_output": ({**apps(), "input_output": "{"}, "`input_output` is broken JSON"),
+    "input_output list": ({**apps(), "input_output": [1]}, "`input_output` must be a dict"),
+    "inputs": (apps(inputs=5, outputs=[]), "`inputs` must be a list, not int"),
+    "private tests": (livecodebench("eJx"), "`private_test_cases` is neither JSON nor a packed"),
+    "no function": (livecodebench('[{"testtype": "functional", "input": "1", "output": "1"}]'),
+                    "`tests` must be objects"),
+    "test without output": (livecodebench('[{"testtype": "stdin", "input": "1"}]'),
+                            "`private_test_cases` holds a broken test .*output"),
+    "entry point": ({"prompt": "def g(): 1", "entry_point": "f", "test": ""},
+                    "`entry_point` 'f' is not defined"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_PROBLEMS)
+def test_broken_problems_are_named_by_file_line_and_field(tmp_path, name):
+    row, says = BROKEN_PROBLEMS[name]
+    with pytest.raises(ValueError, match=f"set.jsonl:2: {says}") as error:
+        problems(tmp_path, OWN, row)
+    assert "\n" not in str(error.value)
+
+
+def test_one_id_for_two_problems_of_a_source_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="set.jsonl:2: `id` '1' of source 's' is taken .*jsonl:1"):
+        problems(tmp_path, OWN, {**OWN, "answer": "3"})
+    assert len(problems(tmp_path, OWN, {**OWN, "answer": "3", "source": "t"})) == 2
+
+
+def test_problems_of_folders_and_shards_are_named_by_their_files(tmp_path):
+    problems(tmp_path / "maths.jsonl", {"problem": "P", "answer": "1"})
+    problems(tmp_path / "code-00000-of-00002.json", apps(inputs=["1"], outputs=["2"]))
+    (tmp_path / "table.csv").write_text("question,answer\nP,12\n")
+    assert [p["source"] for p in read_problems([tmp_path])] == ["code", "maths", "table"]
+
+
+def test_builtin_problems_by_name():
+    found = list(read_problems(["builtin:train:3", "builtin:heldout:2"], Counter()))
+    assert found == [*builtin_problems("train", 3), *builtin_problems("heldout", 2)]
+    with pytest.raises(ValueError, match="builtin:train and builtin:heldout, each with :COUNT"):
+        list(read_problems(["builtin:worked"]))
+
+
+def test_the_choice_prompt_names_as_many_letters_as_there_are_options(tmp_path):
+    problem, = problems(tmp_path, {"question": "Q", "options": list("abcdef"), "answer": "F"})
+    assert "the letter choice (A, B, C, D, E, or F)" in data.recipe_prompt(problem)
+    assert "(A, B, C, or D)" in data.recipe_prompt(*problems(tmp_path, GPQA))
 
 
 # -------------------------------------------------------------------------------------- the command

@@ -126,6 +126,8 @@ CHOSEN = re.compile(r"[(\[]\s*([A-Ja-j])\s*[)\]]|([A-J])(?![A-Za-z0-9'])(?!\s+[a
 TOKEN = re.compile(r"\s+|⟪[^⟫]*⟫|\d+(?:\.\d+)?[eE][+-]?\d+(?![A-Za-z])|\d+(?:\.\d*)?|\.\d+"
                    r"|\\[A-Za-z]+|\\.|[A-Za-z]+|.", re.DOTALL)
 
+TEST_FORMS = ({"input": str, "output": str}, {"assert": str},
+              {"fn_name": str, "args": list, "expected": object})
 LAYERS = ("seccomp", "landlock", "namespaces", "limits", "uid")
 DEFAULT_MEMORY = 1 << 31
 MAX_OUTPUT = 64 << 20  # bytes that a program may print
@@ -1430,8 +1432,8 @@ def verify_math(response, gold):
     if extracted is None or how == "number" and not is_number(gold):
         return Verdict(False, "no answer", None)
     verdict = math_verdict(extracted, gold)
-    return Verdict(verdict is True, {True: "correct", False: "wrong answer", None: "timeout"}[verdict],
-                   extracted)
+    reason = {True: "correct", False: "wrong answer", None: "timeout"}[verdict]
+    return Verdict(verdict is True, reason, extracted)
 
 
 def is_number(gold):
@@ -1516,15 +1518,20 @@ def encode(value, depth=0):
 
 
 class Foreign:
-    """A value that stays where it is: equal to nothing, itself included."""
+    """A value that has no form as data. A test that compares it, or asks whether it is true,
+    fails."""
 
     def __init__(self, name):
         self.name = name
 
     def __eq__(self, other):
-        return False
+        raise TypeError(f"a value of type {self.name} does not leave its process")
 
+    __ne__ = __eq__
     __hash__ = None
+
+    def __bool__(self):
+        return self == True  # noqa: E712
 
 
 def decode(form):
@@ -1571,15 +1578,14 @@ def close(expected, got):
 def same_output(expected, got):
     """Whether printed text is the expected one: line by line and word by word; a decimal may
     differ in the ninth digit, a whole number in none. Both are bytes."""
-    if expected.split() == got.split() and expected.count(b"\n") == got.count(b"\n"):
-        return [line.split() for line in expected.strip().split(b"\n")] == [
-            line.split() for line in got.strip().split(b"\n")]
-    expected, got = expected.strip().split(b"\n"), got.strip().split(b"\n")
-    return len(expected) == len(got) and all(map(same_line, expected, got))
+    expected, got = expected.strip(), got.strip()
+    return expected.count(b"\n") == got.count(b"\n") and all(
+        map(same_line, expected.split(b"\n"), got.split(b"\n")))
 
 
 def same_line(expected, got):
-    expected, got = expected.split(), got.split()
+    expected = expected.split()
+    got = got.split(None, len(expected) + 1)  # no more words than it takes to see that there are
     return len(expected) == len(got) and all(
         a == b or DECIMAL.fullmatch(a) is not None and SIGNED.fullmatch(b) is not None
         and close(float(a), float(b)) for a, b in zip(expected, got, strict=True))
@@ -1743,8 +1749,8 @@ def run_program(code, tests, timeout=10.0, memory=1 << 31, without=(), allow_uns
     confined and allow_unsafe is not set."""
     for number, test in enumerate(tests or (), 1):
         if not isinstance(test, dict) or not any(
-                keys <= test.keys() for keys in ({"input", "output"}, {"assert"},
-                                                 {"fn_name", "args", "expected"})):
+                all(key in test and isinstance(test[key], kind)
+                    for key, kind in form.items()) for form in TEST_FORMS):
             raise ValueError(f"test {number} has neither input and output, nor fn_name, args and "
                              "expected, nor assert")
     if not tests:
@@ -1785,7 +1791,7 @@ def run_test(sandbox, code, test, timeout, memory):
     if mode == "main":
         return "correct" if same_output(to_bytes(test["output"]), output) else "wrong answer"
     if mode == "serve":
-        return {b"passed": "correct", b"wrong": "wrong answer"}.get(result, "runtime error: no verdict")
+        return {b"passed": "correct", b"wrong": "wrong answer"}.get(result, "no verdict")
     try:
         got = decode(json.loads(detail)) if kind == b"value" else Foreign("nothing")
     except (ValueError, RecursionError):
@@ -1846,7 +1852,7 @@ def zygote(descriptor, without):
         except Exception:  # a module that this build or machine lacks
             pass
     threading.stack_size(16 << 20)  # a thread's default is the raised limit of the stack
-    null = os.open("/dev/null", os.O_RDWR)
+    null, tasks = os.open("/dev/null", os.O_RDWR), tasks_of(os.getuid())
     active = ["limits"] * ("limits" not in without)
     if "namespaces" not in without and enter_namespaces():
         active.append("namespaces")
@@ -1863,7 +1869,7 @@ def zygote(descriptor, without):
         active += ["seccomp"] * (program is not None)
     except KeyError:  # a processor that the table does not know
         program = None
-    child = Confinement(active, uid, readable, null)
+    child = Confinement(active, uid, readable, null, tasks)
     gc.collect()
     gc.freeze()
     channel.send(json.dumps({"active": active, "missing": [
@@ -1893,7 +1899,8 @@ def serve_request(child, request, files):
     pipes = [ask_read, ask_write, answer_read, answer_write]
     candidate = start(child, request, [data, output, answer_write, source, ask_read], run_child)
     # the judge waits while the candidate works: its own CPU time is the tests' alone
-    judge = start(child, request, [child.null, child.null, result, files[4], ask_write, answer_read], run_judge)
+    judge = start(child, request, [child.null, child.null, result, files[4], ask_write,
+                                   answer_read], run_judge)
     for pipe in pipes:
         os.close(pipe)
     return wait_for({candidate: timeout, judge: timeout}, judge)
@@ -1961,9 +1968,9 @@ def cpu_seconds(pid):
 class Confinement:
     """What a child does to itself before a byte of the program is parsed."""
 
-    def __init__(self, active, uid, readable, null):
+    def __init__(self, active, uid, readable, null, tasks):
         self.active, self.uid, self.readable, self.null = active, uid, readable, null
-        self.threads = 64 if uid is not None else 64 + tasks_of(os.getuid())
+        self.threads = 64 + (tasks if uid is None else 0)
 
     def confine(self, request):
         parent = os.getppid()
@@ -1984,7 +1991,7 @@ class Confinement:
             os.setresgid(self.uid, self.uid, self.uid)
             os.setresuid(self.uid, self.uid, self.uid)
         drop_capabilities()
-        libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # else /proc/self, and with it /dev/stdin, is root's
+        libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # else /proc/self and /dev/stdin are root's
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(71)
@@ -1997,6 +2004,7 @@ def run_child(mode):
     """The program's process: descriptors 0 input, 1 output, 3 result, 4 source (5 calls)."""
     setup, code = json.loads(read_descriptor(4))
     os.close(4)
+    builtins.open = io.open = open_by_number
     call = json.loads(read_descriptor(0)) if mode == "call" else None
     sys.stdin = io.TextIOWrapper(open(0, "rb", closefd=False), "utf-8", "surrogateescape")
     sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), "utf-8", "surrogateescape")
@@ -2037,6 +2045,13 @@ def run_child(mode):
     except BaseException:
         status = status or 120
     os._exit(status)
+
+
+def open_by_number(file, *arguments, real=io.open, **keywords):
+    """open(), which finds standard input and output also where nothing may be opened."""
+    if file in ("/dev/stdin", "/dev/stdout", "/proc/self/fd/0", "/proc/self/fd/1"):
+        file, keywords["closefd"] = int("out" in file or file[-1] == "1"), False
+    return real(file, *arguments, **keywords)
 
 
 def read_descriptor(file):
@@ -2532,7 +2547,7 @@ def resume(out, lines, summary):
 def verified_lines(lines, workers, options):
     """Results in the order of lines, from worker processes, with a bounded number under way."""
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context) as executor:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent) as executor:
         pending = collections.deque()
         try:
             for batch in iter(lambda: list(itertools.islice(lines, 8)), []):
@@ -2543,6 +2558,13 @@ def verified_lines(lines, workers, options):
                 yield from pending.popleft().result()
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
+
+
+def end_with_parent():
+    """A worker whose parent is killed has no one to give its results to."""
+    if sys.platform == "linux":
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def keep(verified, path, per_problem):

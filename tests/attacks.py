@@ -1,21 +1,21 @@
-"""Programs that test_attacks.py gives to verify.run_program: ATTACKS must be contained and must not
-pass, HONEST must pass, WRONG must fail for the reason given.
+"""Programs for verify.run_program: ATTACKS must be contained and must not pass, HONEST must pass,
+WRONG must fail for the reason given.
 
-Tokens between @ signs stand for what the tests set up afresh, and `fill` puts it in:
+Tokens between @ signs stand for what test_attacks.py sets up afresh; `fill` puts it in:
 
     @CANARY@        a folder that anyone may write to, with a file `old` in it
-    @PLANTED_FILE@  a file that anyone may read; @PLANTED@ is the secret in it. It lies in the working
-                    folder as planted.py, too, and is the name of a file in @HOME@
+    @PLANTED_FILE@  a file that anyone may read, with the secret @PLANTED@; the working folder holds
+                    another, planted.py, and the folder @HOME@ one with the secret in its name
     @ENVIRON@       the secret in the environment of the verifier and of the process @VICTIM@
     @SECRET@        an expected output, made anew for every attack
     @PORT@ @PORT6@ @UDP@    listeners on the loopback; @SOCKET@ and @ABSTRACT@ on Unix sockets
     @PID@ @VICTIM@  the verifier's process and a bystander
     @MARK@          the name of whatever an attack leaves behind
 
-In an attack, to pass is to breach: where the forbidden thing has an effect outside, the program also
-prints `breached` if it sees the effect; where it is a secret, that is the expected output. Forbidden
-things are kept small (some processes, 4 GiB, a file), so that a broken sandbox does not end the
-machine. Never run this file's programs outside a sandbox all the same: some kill what they can.
+In an attack, to pass is to breach: a program that sees itself do what is forbidden prints
+`breached`, one that looks for a secret prints what it finds, and these are the expected outputs.
+Forbidden things are kept small (some processes, 4 GiB, a file), so that a broken sandbox does not
+end the machine. Never run the attacks outside a sandbox all the same: some kill what they can.
 """
 from dataclasses import dataclass
 from textwrap import dedent, indent
@@ -147,7 +147,7 @@ def wrong(name, code, tests, reason):
     WRONG.append(Wrong(name, dedent(code).strip() + "\n", tests, reason))
 
 
-# --------------------------------------------------------------------------------- attacks: memory
+# ---------------------------------------------------------------------------------- attacks: memory
 
 tries(MEMORY, "one large bytearray", """
     return len(bytearray(3 << 30)) == 3 << 30
@@ -155,7 +155,7 @@ tries(MEMORY, "one large bytearray", """
 tries(MEMORY, "many small objects", """
     kept = []
     while len(kept) < 3 << 10:
-        kept.append([object() for _ in range(1 << 16)])  # each 1 MiB and the list's half
+        kept.append([bytes(4000) for _ in range(262)])  # 1 MiB
     return True
     """)
 tries(MEMORY, "touched pages of anonymous mappings", """
@@ -213,15 +213,15 @@ tries(MEMORY, "memory kept in pipes", """
     """)
 tries(MEMORY, "a decompression bomb", """
     import zlib
-    packed = zlib.compress(bytes(1 << 24), 9) * 1
-    return sum(len(piece) for piece in [zlib.decompress(packed) for _ in range(192)]) >= 3 << 30
+    packed = zlib.compress(bytes(1 << 24), 1)
+    return sum(map(len, [zlib.decompress(packed) for _ in range(192)])) == 3 << 30
     """)
 tries(MEMORY, "a raised memory limit", """
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return len(bytearray(b"x") * (3 << 30)) == 3 << 30
     """)
-attack(MEMORY, "a constant that the compiler folds", """
+attack(MEMORY, "a constant that a compiler might fold", """
     print(len("a" * 4096 * 4096 * 256))
     """)
 attack(MEMORY, "a string of 3 GiB returned to the judge", """
@@ -257,7 +257,7 @@ tries(THREADS, "ten thousand descriptors", """
     return True
     """)
 
-# ----------------------------------------------------------------------------------- attacks: output
+# ---------------------------------------------------------------------------------- attacks: output
 
 attack(MEMORY, "huge output", """
     import sys
@@ -311,7 +311,7 @@ attack(FORGED, "an exception that prints itself without end", """
     raise Endless
     """)
 
-# ------------------------------------------------------------------------------------- attacks: time
+# ------------------------------------------------------------------------------------ attacks: time
 # The right answer is printed first, and still no program passes that does not end.
 
 ANSWER = "print(sum(map(int, input().split())), flush=True)\n"
@@ -500,7 +500,7 @@ attack(ENDLESS, "a list without end returned to the judge", """
         return Endless()
     """, SUM["call"][:1])
 
-# ------------------------------------------------------------- attacks: the parser and the interpreter
+# ---------------------------------------------------------- attacks: the parser and the interpreter
 
 for bomb, source in {
         "a hundred thousand brackets": "(" * 100_000,
@@ -564,7 +564,7 @@ attack(FORGED, "an int of ten million digits returned to the judge", """
         return 1 << 33_000_000
     """, SUM["call"])
 
-# ---------------------------------------------------------------------------------- attacks: network
+# --------------------------------------------------------------------------------- attacks: network
 
 tries(CONNECTED, "a TCP connection", """
     import socket
@@ -651,7 +651,7 @@ tries(CONNECTED, "a socket passed through a pair of its own", """
     return socket.send_fds(a, [b"x"], [server.fileno()])
     """)
 
-# ---------------------------------------------------------------------------- attacks: reading secrets
+# ------------------------------------------------------------------------- attacks: reading secrets
 
 SEARCH_FILES = r"""
     import os, re, tempfile, time
@@ -715,10 +715,9 @@ prints("a secret file read by the C library", """
     print(text.value.decode())
     """, "@PLANTED@")
 prints("a secret file opened by a raw openat2", CALLS + """
-    import struct
-    fd = system_call(437, 437, -100, b"@PLANTED_FILE@", struct.pack("QQQ", 0, 0, 0), 24)
-    print(os.read(fd, 99).decode())
-    """, "@PLANTED@")
+fd = system_call(437, 437, -100, b"@PLANTED_FILE@", bytes(24), 24)
+print(os.read(fd, 99).decode())
+""", "@PLANTED@")
 prints("a secret file opened twice, first as a path only", """
     import os
     fd = os.open("@PLANTED_FILE@", os.O_PATH)
@@ -807,7 +806,7 @@ tries(LEAKED, "the descriptors of other processes", """
             pass
     """)
 
-# ------------------------------------------------------------------------ attacks: expected values
+# ------------------------------------------------------------------------- attacks: expected values
 
 finds(LEAKED, "the expected value in what the collector knows", r"""
     import gc
@@ -900,22 +899,17 @@ finds(LEAKED, "the expected value in the command lines", r"""
                 return found[0].decode()
     """)
 attack(LEAKED, "the expected value in the caller of a candidate", r"""
-    import re, sys
-    class Number(int):
-        def __eq__(self, other):
-            return True
+    import sys
     def add(a, b):
-        frame = sys._getframe()
+        frame = sys._getframe(1)
         while frame:
-            for name in ("candidate", "check", "a", "expected", "test"):
-                print(frame.f_locals.get(name))
             for constant in frame.f_code.co_consts:
                 if isinstance(constant, int) and constant > 4:
                     return constant
             frame = frame.f_back
     """, check("add", "assert candidate(2, 3) == 5"))
 
-# ---------------------------------------------------------------------------- attacks: touching files
+# -------------------------------------------------------------------------- attacks: touching files
 
 tries(TOUCHED, "a new file", """
     open("@CANARY@/@MARK@", "w").write("breached")
@@ -1113,7 +1107,7 @@ for unpickler in ("call", "assert"):
             return Bomb() if a == 2 else Five(0)
         """, SUM[unpickler])
 
-# -------------------------------------------------------------------------------- attacks: processes
+# ------------------------------------------------------------------------------- attacks: processes
 
 NAMED = "ctypes.CDLL(None).prctl(15, b'@MARK@', 0, 0, 0)"  # PR_SET_NAME
 CHILD = """
@@ -1245,12 +1239,11 @@ hurts("a stop", "os.kill(pid, signal.SIGSTOP) is None")
 hurts("a signal that only asks whether one may", "os.kill(pid, 0) is None")
 hurts("a signal to the group", "os.killpg(pid, signal.SIGTERM) is None")
 hurts("a kill of all there is", "os.kill(pid, signal.SIGKILL) is None", "-1")
-hurts("a kill of the group of the verifier", "os.kill(pid, signal.SIGKILL) is None",
-      "-os.getpgid(os.getppid())", "-os.getpgrp()", "-os.getpgid(@PID@)")
+hurts("a kill of the verifier's group", "os.killpg(os.getpgid(pid), signal.SIGKILL) is None")
 hurts("a kill by tkill", "system_call(200, 130, pid, 9) == 0")
 hurts("a kill by tgkill", "system_call(234, 131, pid, pid, 9) == 0")
 hurts("a kill by rt_sigqueueinfo",
-      "system_call(129, 138, pid, 9, bytes([9, 0, 0, 0, 0, 0, 0, 0]) + b'\\xff' * 4 + bytes(116)) == 0")
+      "system_call(129, 138, pid, 9, b'\\x09' + bytes(7) + b'\\xff' * 4 + bytes(116)) == 0")
 hurts("a kill by a descriptor of the process",
       "system_call(424, 424, os.pidfd_open(pid), 9, 0, 0) == 0")
 hurts("a descriptor of the process", "os.pidfd_open(pid) >= 0")
@@ -1299,10 +1292,10 @@ attack(HURT, "a hang-up of the session", """
     os.kill(0, signal.SIGTERM)
     """)
 
-# ------------------------------------------------------------------------- attacks: the kernel's parts
+# ---------------------------------------------------------------------- attacks: the kernel's parts
 
 for part, line in {
-        "an io_uring": "system_call(425, 425, 8, bytearray(120) and bytes(120)) >= 0",
+        "an io_uring": "system_call(425, 425, 8, bytes(120)) >= 0",
         "a memory file": "system_call(319, 279, b'@MARK@', 0) >= 0",
         "a secret memory file": "system_call(447, 447, 0) >= 0",
         "a bpf map": "system_call(321, 280, 0, __import__('struct').pack('IIII', 2, 4, 4, 1)"
@@ -1327,27 +1320,28 @@ for part, line in {
                                  " len(os.uname().nodename)) == 0",
         "another user": "os.setuid(0 if os.getuid() else 1) is None",
         "other groups": "os.setgroups([0, 42]) is None",
-        "a capability to see all": "system_call(304, 265, -100, bytes(16), 0) >= 0",
-        "a process accounting file": "system_call(163, 89, b'@CANARY@/old') == 0",
         "a way round the random layout": "system_call(135, 92, 0x40000) >= 0",
-        "a filter of its own": "system_call(317, 277, 1, 1, 0) >= 0",
         "ports of the machine": "os.uname().machine == 'x86_64' and system_call(172, 0, 3) == 0",
         "the log of the kernel": "system_call(103, 116, 3, bytes(999), 999) > 0",
-        "a loaded module": "system_call(313, 273, 0, b'', 0) == 0",
 }.items():
     tries(KERNEL, f"{part} by a system call", f"return {line}")
-tries(KERNEL, "system calls that the verifier's limits forget", """
-    # brought by newer kernels: memory and mounts by descriptor, watchers, futexes
-    return any(system_call(number, number, *[0] * 6) >= 0 for number in (
-        428, 429, 431, 432, 433, 440, 442, 443, 448, 451, 453, 457, 458, 463, 464, 467))
+tries(KERNEL, "newer system calls that a list of forbidden ones would miss", """
+    import ctypes, errno
+    # mounts, extended attributes and other processes' memory by descriptor; any other answer than
+    # a refusal shows that the kernel has read the arguments
+    for number in (428, 429, 431, 432, 433, 440, 442, 448, 451, 457, 458, 463, 464, 467):
+        answer = system_call(number, number, -1, 0, 0, 0, 0, 0)
+        if answer >= 0 or ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS):
+            return True
     """)
-tries(KERNEL, "privileges back by a changed flag", """
+tries(KERNEL, "a confinement that is not there", """
     import ctypes
     libc = ctypes.CDLL(None)
-    return libc.prctl(39, 0, 0, 0, 0) != 1 and libc.prctl(21, 0, 0, 0, 0) != 2  # seccomp is on
+    no_new_privileges, seccomp = libc.prctl(39, 0, 0, 0, 0), libc.prctl(21, 0, 0, 0, 0)
+    return no_new_privileges == 0 or seccomp == 0
     """)
 
-# ------------------------------------------------------------------------------- attacks: the verdict
+# ----------------------------------------------------------------------------- attacks: the verdict
 
 forges("an exit of 0 at once", "import sys\nsys.exit(0)")
 forges("an exit of 0 below Python", "import os\nos._exit(0)")
@@ -1437,7 +1431,7 @@ for base, value in {"int": "0", "str": "'0'", "list": "[0]", "float": "0.5", "tu
             def __hash__(self):
                 return hash(5)
             def __reduce__(self):
-                return int, ("5",) if 0 else ("1",)
+                return int, ("5",)
             def __str__(self):
                 return "equal"
             __repr__ = __str__
@@ -1600,20 +1594,16 @@ forges("an equality of all ints", """
     def equal(a, b, operation):
         return True
     slots = ctypes.cast(id(int), ctypes.POINTER(ctypes.c_void_p))
-    compare = ctypes.cast(ctypes.pythonapi.PyLong_Type if 0 else id(int), ctypes.c_void_p)
-    for n in range(60):
-        if slots[n] and n == 25:  # tp_richcompare
-            slots[n] = ctypes.cast(equal, ctypes.c_void_p).value
+    slots[25] = ctypes.cast(equal, ctypes.c_void_p).value  # tp_richcompare
     def add(a, b):
         return 0
     """, ("call", "assert"))
-forges("small ints that have changed their values", """
+forges("small ints that are all 5", """
     import ctypes
-    size, at = (0).__sizeof__(), 24 if (1).__sizeof__() == 28 else 16
-    for n in range(257):
-        ctypes.memset(id(n) + at, 5, 1) if n > 200 else None
+    for n in range(6, 257):
+        ctypes.memset(id(n) + 24, 5, 1)
     def add(a, b):
-        return 0
+        return 5
     """, ("call", "assert"))
 forges("an own check", """
     def check(candidate):
@@ -1792,12 +1782,8 @@ forges("the input copied to the output", """
     print(data)
     """)
 attack(FORGED, "asserts switched off", """
-    import sys, builtins
-    builtins.__debug__ = False if False else None
-    """ if False else """
-    import ctypes, sys
-    flag = ctypes.c_int.in_dll(ctypes.pythonapi, "Py_OptimizeFlag")
-    flag.value = 2
+    import ctypes
+    ctypes.c_int.in_dll(ctypes.pythonapi, "Py_OptimizeFlag").value = 2
     def add(a, b):
         return 0
     """, SUM["assert"])
@@ -1821,14 +1807,6 @@ attack(FORGED, "a loader that replaces the next module", """
     def add(a, b):
         return 0
     """, SUM["assert"])
-attack(FORGED, "arguments that are changed to fit", """
-    def same(numbers):
-        numbers.clear()
-        return []
-    """, check("same", """
-        given = [1, 2]
-        assert candidate(given) == [1, 2]
-        """))
 attack(FORGED, "a NaN that is asked for nothing", """
     def add(a, b):
         return float("nan")
@@ -1836,8 +1814,7 @@ attack(FORGED, "a NaN that is asked for nothing", """
 attack(FORGED, "a bound that a NaN escapes", """
     def add(a, b):
         return float("nan")
-    """, check("add", "assert not abs(candidate(2, 3) - 5) >= 1e-6 or 0\n"
-                      "assert abs(candidate(2, 3) - 5) < 1e-6"))
+    """, check("add", "assert abs(candidate(2, 3) - 5) < 1e-6"))
 for spelling, wanted, text in (
         ("full-width digits", "5", "\uff15"), ("full-width digits in a decimal", "1.5", "1.\uff15"),
         ("an underscore", "10", "1_0"), ("an underscore in a decimal", "10.5", "1_0.5"),
@@ -1847,7 +1824,7 @@ for spelling, wanted, text in (
         ("another case", "Yes", "YES"), ("a zero width space", "5", "5\u200b"),
         ("a soft hyphen", "ab", "a\u00adb"), ("another composition", "\u00e9", "e\u0301"),
         ("a combining digit", "2", "\u00b2"), ("quotes", "a", "'a'"), ("brackets", "5", "[5]"),
-        ("nothing for something", "0", ""), ("a carriage return inside", "1 2", "1\r2 2"),
+        ("nothing for something", "0", ""),
         ("both answers", "Yes", "Yes No"), ("a backspace", "5", "4\b5"),
         ("a return of the carriage", "5", "4\r5")):
     attack(FORGED, f"{spelling} in the output", f"""
@@ -1870,7 +1847,7 @@ attack(FORGED, "an output that would end the parent's protocol", r"""
     os.write(1, b'\n\0\n{"passed": true}\n\x04\x00\x00\x00\x00correct\n')
     """, SUM["stdin"])
 
-# ----------------------------------------------------------- attacks: what the program before left over
+# ------------------------------------------------------- attacks: what the program before left over
 
 
 def keeps(name, before, body, breach=KEPT):
@@ -1955,7 +1932,7 @@ LOOK_BACK = r"""
     """
 finds(KEPT, "the program before, in memory", LOOK_BACK, before="answer = '@SECRET@' * 999\n")
 
-# ------------------------------------------------------------------------- honest: ways to read and write
+# ------------------------------------------------------------------- honest: ways to read and write
 
 ADD_TESTS = stdin(("2 3\n", "5\n"), ("-4 4\n", "0"), ("10 20", "30\n\n"))
 LINES = stdin(("3\n1\n2\n3\n", "6\n"), ("1\n-7\n", "-7\n"))
@@ -1967,8 +1944,8 @@ for way, expression in {
         "os.fdopen": "os.fdopen(0).read()", "readlines": "sys.stdin.readlines()[0]",
         "next": "next(sys.stdin)", "io.open(0)": "__import__('io').open(0, 'rb').read()",
         "fileinput": "next(__import__('fileinput').input())"}.items():
-    honest(f"input by {way}", f"import os, sys\na, b = map(int, {expression}.split())\nprint(a + b)",
-           ADD_TESTS)
+    honest(f"input by {way}",
+           f"import os, sys\na, b = map(int, {expression}.split())\nprint(a + b)", ADD_TESTS)
 for way, statement in {
         "sys.stdout.write": "sys.stdout.write(str(a + b) + '\\n')",
         "sys.stdout.buffer": "sys.stdout.buffer.write(b'%d\\n' % (a + b))",
@@ -1987,8 +1964,9 @@ for way, statement in {
         "print, flush and os._exit(0)": "print(a + b, flush=True); os._exit(0)",
         "print and raise SystemExit": "print(a + b)\nraise SystemExit",
         "atexit": "import atexit; atexit.register(print, a + b)",
-        "redirect_stdout": "import contextlib, io\nwith contextlib.redirect_stdout(io.StringIO()) as"
-                           " text:\n    print(a + b)\nprint(text.getvalue())"}.items():
+        "redirect_stdout": "from contextlib import redirect_stdout\nimport io\n"
+                           "with redirect_stdout(io.StringIO()) as text:\n"
+                           "    print(a + b)\nprint(text.getvalue())"}.items():
     honest(f"output by {way}", f"import os, sys\na, b = map(int, input().split())\n{statement}",
            ADD_TESTS)
 honest("a loop over the lines of sys.stdin", """
@@ -2066,10 +2044,9 @@ honest("big ints", """
     n = int(input())
     print(n * n, 2 ** 100)
     """, stdin(("123456789012345678901\n",
-                "15241578753238836750190521987501905210 1267650600228229401496703205376".replace(
-                    "15241578753238836750190521987501905210", str(123456789012345678901 ** 2)))))
+                f"{123456789012345678901 ** 2} 1267650600228229401496703205376")))
 
-# ----------------------------------------------------------------- honest: threads, recursion, signals
+# -------------------------------------------------------------- honest: threads, recursion, signals
 
 honest("deep recursion in a thread with a large stack", """
     import sys, threading
@@ -2103,8 +2080,7 @@ honest("recursion in a call", """
     @lru_cache(None)
     def fibonacci(n):
         return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)
-    """, call("fibonacci", ((10,), 55), ((300,), 222232244629420445529739893505090668888_0 // 10
-                                         if False else _fibonacci_300) if False else ((20,), 6765)))
+    """, call("fibonacci", ((20,), 6765), ((90,), 2880067194370816120)))
 honest("a caught RecursionError", """
     def forever(n):
         return forever(n + 1)
@@ -2178,7 +2154,7 @@ honest("a pseudo-random seed and fresh randomness", """
           uuid.uuid4() != uuid.uuid4())
     """, stdin(("", "True 8 4 True")))
 
-# ---------------------------------------------------------------------- honest: the standard library
+# --------------------------------------------------------------------- honest: the standard library
 
 for module, expression, printed in (
         ("collections", "dict(collections.Counter(collections.deque('abca')))",
@@ -2193,7 +2169,7 @@ for module, expression, printed in (
         ("datetime", "datetime.date(2024, 2, 28) + datetime.timedelta(2)", "2024-03-01"),
         ("calendar", "calendar.isleap(2000)", "True"),
         ("string", "string.ascii_lowercase[:3]", "abc"),
-        ("math", "math.gcd(12, 18), math.comb(5, 2), math.isqrt(17)", "(6, 10, 4)"),
+        ("math", "math.gcd(12, 18), math.comb(5, 2), math.isqrt(17)", "6 10 4"),
         ("cmath", "abs(cmath.sqrt(-4))", "2.0"),
         ("json", "json.loads(json.dumps({'a': [1, None]}))", "{'a': [1, None]}"),
         ("copy", "copy.deepcopy([[1]])", "[[1]]"),
@@ -2228,9 +2204,9 @@ for module, expression, printed in (
         ("socket", "socket.__name__", "socket"), ("unittest", "unittest.__name__", "unittest"),
         ("logging", "logging.getLogger('a').name", "a"),
         ("resource", "resource.getrlimit(resource.RLIMIT_CPU)[0] != 0", "True"),
-        ("queue", "queue.PriorityQueue().empty()", "True"), ("turtle", "1", "1")):
+        ("queue", "queue.PriorityQueue().empty()", "True")):
     honest(f"import {module}", f"import {module}\nprint({expression})",
-           stdin(("", printed + "\n")), optional=module in ("sqlite3", "turtle", "zoneinfo"))
+           stdin(("", printed + "\n")), optional=module in ("sqlite3", "zoneinfo"))
 honest("from imports with a star", """
     from math import *
     from collections import *
@@ -2315,7 +2291,7 @@ honest("a hundred megabytes of memory", """
     print(sum(table[-3:]))
     """, stdin(("", "7")))
 
-# -------------------------------------------------------------------------------------- honest: numpy
+# ------------------------------------------------------------------------------------ honest: numpy
 
 honest("numpy arrays", """
     import sys
@@ -2345,7 +2321,7 @@ honest("numpy scalars and arrays returned", """
               (("matrix",), [[1, 0], [0, 1]]), (("text",), "a"), (("list",), [1, [2.5]]),
               (("object",), [1, None])), needs="numpy")
 
-# -------------------------------------------------------------------------------------- honest: calls
+# ------------------------------------------------------------------------------------ honest: calls
 
 honest("a plain function called", "def add(a, b):\n    return a + b", SUM["call"])
 honest("a method of Solution called", """
@@ -2360,7 +2336,7 @@ honest("a method of Solution called", """
         def add(self, a: int, b: int) -> int:
             return self.helper(a) + self.helper(b) + self.calls - 2
     """, SUM["call"])
-honest("a static and a class method of Solution called", """
+honest("a static method of Solution called", """
     class Solution:
         @staticmethod
         def add(a, b):
@@ -2442,7 +2418,7 @@ honest("state of a module that each test has anew", """
         return a + b + len(seen) - 1
     """, SUM["call"])
 
-# ------------------------------------------------------------------------------------ honest: asserts
+# ---------------------------------------------------------------------------------- honest: asserts
 
 honest("a function asserted", "def add(a, b):\n    return a + b", SUM["assert"])
 honest("single asserts", "def add(a, b):\n    return a + b",
@@ -2596,7 +2572,7 @@ honest("prints and reads of an asserted program", """
         return a + b
     """, SUM["assert"])
 
-# ------------------------------------------------------------------------------------------- wrong
+# -------------------------------------------------------------------------------------------- wrong
 
 wrong("a wrong answer on the second test", "print(5)", SUM["stdin"], "^wrong answer on test 2$")
 wrong("a wrong answer of a call", "def add(a, b):\n    return 5", SUM["call"],

@@ -1,0 +1,410 @@
+"""verify.py: what counts as an answer, when two are the same, what a program must do to pass, and
+what the command writes."""
+import gzip
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import combinations
+
+import pytest
+import verify
+from conftest import ROOT, run_script, shared_file
+from math_pairs import CHOICES, EXTRACTIONS, PAIRS
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="programs are judged on Linux only")
+
+
+# ---- maths
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_of_answers_get_the_verdict_that_a_person_gave_them(name):
+    wrong = [(ascii(a)[:80], ascii(b)[:80]) for a, b, equal in PAIRS[name]
+             if verify.math_equal(a, b) is not equal]
+    assert not wrong
+
+
+def test_the_table_of_pairs_is_large_and_of_both_verdicts():
+    verdicts = [equal for pairs in PAIRS.values() for _, _, equal in pairs]
+    assert len(verdicts) >= 300 and 0.3 < sum(verdicts) / len(verdicts) < 0.7
+
+
+@pytest.mark.parametrize("number", range(len(verify.SPELLING)))
+def test_each_rule_of_spelling_does_what_its_example_says(number):
+    pattern, replacement, before, after = verify.SPELLING[number]
+    assert pattern.sub(replacement, before) == after
+
+
+def test_extraction_takes_the_last_box_then_the_mark_then_the_phrase_then_the_number():
+    def bare(text):
+        return text and text.strip().strip("$").strip()
+    wrong = [(response, bare(verify.extract_answer(response)), expected)
+             for response, expected in EXTRACTIONS
+             if bare(verify.extract_answer(response)) != bare(expected)]
+    assert not wrong
+
+
+def test_equality_does_not_depend_on_which_side_is_which():
+    """Between answers without decimals and units, for which the gold side decides."""
+    for name in ("fractions", "roots and powers", "symbolic", "sets and lists", "intervals"):
+        for a, b, equal in PAIRS[name]:
+            if not re.search(r"\d\.\d|\\text|%", a + b):
+                assert verify.math_equal(b, a) is equal, (a, b)
+
+
+def random_tree(rng, depth):
+    """(LaTeX, value as a float) of a random expression in x = 1.7 and numbers."""
+    if depth == 0:
+        number = rng.randint(1, 9)
+        return rng.choice([(str(number), number), ("x", 1.7), (rf"\sqrt{{{number}}}",
+                                                               math.sqrt(number))])
+    (a, p), (b, q) = random_tree(rng, depth - 1), random_tree(rng, depth - 1)
+    return rng.choice([(f"({a}+{b})", p + q), (f"({a}-{b})", p - q), (rf"{{{a}}} \cdot {{{b}}}",
+                                                                      p * q),
+                       (rf"\frac{{{a}}}{{{b}}}", p / q if q else math.nan), (f"({a})^{{2}}", p * p)])
+
+
+def test_random_expressions_are_read_as_their_value():
+    """Against floating point: an expression in x, with the value of x put in by hand."""
+    rng, checked = random.Random(3), 0
+    for _ in range(150):
+        text, value = random_tree(rng, 3)
+        if not math.isfinite(value) or abs(value) > 1e9:
+            continue
+        tree = verify.parse(text)
+        x = verify.fold(tree, {"x": verify.Fraction(17, 10)}, 4096)
+        got = x if isinstance(x, verify.Fraction) else verify.numeric(
+            x, verify.ELSEWHERE.mpmath(30), 0)
+        assert abs(float(got) - value) <= 1e-6 * max(1, abs(value)), text
+        checked += 1
+    assert checked > 100
+
+
+def test_golds_of_math_500_and_gsm8k_equal_their_solutions_and_no_other_problems():
+    for name in ("math500", "gsm8k_test"):
+        rows = [json.loads(line) for line in open(shared_file(f"problems/{name}.jsonl"))]
+        failed = [row["answer"] for row in rows
+                  if not verify.verify_math(row["solution"], str(row["answer"])).passed]
+        assert not failed
+        others = [(a["answer"], b["answer"]) for a, b in zip(rows, rows[1:] + rows[:1], strict=True)
+                  if verify.verify_math(b["solution"], str(a["answer"])).passed]
+        assert all(verify.math_equal(str(b), str(a)) for a, b in others)
+        assert len(others) < 0.05 * len(rows)
+
+
+def test_different_golds_of_math_500_are_different():
+    rows = [json.loads(line) for line in open(shared_file("problems/math500.jsonl"))]
+    golds = sorted({row["answer"] for row in rows})
+    equal = [(a, b) for a, b in combinations(golds[::3], 2) if verify.math_equal(a, b)]
+    for a, b in equal:  # those that are one number, written or named in two ways
+        assert verify.math_equal(b, a)
+        numbers = [re.sub(r"\\text\{[^{}]*\}|\\[!$%]|[^0-9/.a-z\\-]", "", t) for t in (a, b)]
+        assert numbers[0] == numbers[1], (a, b)
+
+
+HOSTILE = [r"10^{10^{10^{10}}}", "9" * 100_000, "((((" * 20_000, r"\frac{" * 3000, "x^" * 5000,
+           "1000000!!!!!!", r"\binom{10^{9}}{10^{8}}", "(" * 40 + "2^{2^{99}}" + ")" * 40,
+           r"e^{e^{e^{e^{9}}}}", r"\sqrt[10^9]{2}+" * 100 + "1", r"\boxed{" * 20_000, "$" * 10**6,
+           "(x+1)^{999}(x+2)^{999}(y+3)^{999}", r"\sin(" * 45 + "x" + ")" * 45,
+           "\\{" + ",".join(rf"\sqrt{{{i}}}" for i in range(400)) + "\\}"]
+
+
+@pytest.mark.parametrize("number", range(len(HOSTILE)))
+def test_a_hostile_answer_gets_a_verdict_in_time(number):
+    text = HOSTILE[number]
+    start = time.monotonic()
+    assert verify.math_equal(text, "17.5") is False
+    assert verify.math_equal(text, text) is True
+    assert verify.verify_math(text, r"\frac{1}{\sqrt{3}}").passed is False
+    assert time.monotonic() - start < 4 * verify.MATH_TIMEOUT
+
+
+def test_a_comparison_beyond_the_limit_is_killed_and_the_next_one_is_not(monkeypatch):
+    monkeypatch.setattr(verify, "MATH_TIMEOUT", 0.2)
+    worker = verify.POOL.take("maths", verify.MathWorker)
+    os.kill(worker.process.pid, signal.SIGSTOP)  # as if it were lost in a long computation
+    verify.POOL.give_back("maths", worker)
+    verdict = verify.verify_math(r"\boxed{\sin^2\sqrt{2}+\cos^2\sqrt{2}}", r"\sqrt{1.5}")
+    assert (verdict.passed, verdict.reason) == (False, "timeout")
+    assert worker.process.poll() is not None
+    monkeypatch.setattr(verify, "MATH_TIMEOUT", 5)
+    assert verify.math_equal(r"\sin^2\sqrt{2}+\cos^2\sqrt{2}", r"\sqrt{4}/2")
+
+
+def test_verdicts_from_threads_and_from_a_forked_process_are_the_same():
+    answers = []
+
+    def work():
+        answers.append([verify.math_equal(r"\sqrt{8}", r"2\sqrt{%d}" % n) for n in (2, 3) * 5])
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [[True, False] * 5] * 4
+    code = ("import os, verify; equal = verify.math_equal; assert equal('\\\\sqrt8', '2\\\\sqrt2')\n"
+            "if os.fork() == 0: os._exit(0 if equal('\\\\sqrt8', '2\\\\sqrt2') else 1)\n"
+            "assert equal('\\\\sqrt{12}', '2\\\\sqrt3') and os.wait()[1] == 0")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_no_answer_is_evaluated_as_python(tmp_path):
+    canary = tmp_path / "canary"
+    for text in (f"__import__('os').system('touch {canary}')", f"open('{canary}','w')"):
+        assert not verify.verify_math(rf"\boxed{{{text}}}", "1").passed
+        assert not verify.math_equal("1", text)
+    assert not canary.exists()
+
+
+def test_without_mpmath_exact_numbers_and_polynomials_are_still_compared(tmp_path):
+    (tmp_path / "mpmath.py").write_text("raise ImportError")
+    code = ("import verify as v; print(v.math_equal('\\\\frac12', '0.5'), "
+            "v.math_equal('(x+1)^2', 'x^2+2x+1'), v.math_equal('\\\\sqrt8', '2\\\\sqrt2'))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.stdout.split() == ["True", "True", "False"] and "mpmath" in done.stderr
+
+
+# ---- multiple choice
+
+
+def test_the_chosen_letter_is_found():
+    wrong = [(response, gold, verify.verify_choice(response, gold))
+             for response, gold, passed in CHOICES
+             if verify.verify_choice(response, gold).passed is not passed]
+    assert not wrong
+
+
+# ---- programs (test_attacks.py holds the hostile ones)
+
+
+@linux
+def test_the_last_code_block_of_the_solution_is_the_program():
+    first, second = "```python\nprint(1)\n```", "```\nprint(2)\n```"
+    tests = [{"input": "", "output": "2"}]
+    assert verify.verify_code(f"{first}\nNo:\n{second}\nDone.", tests).passed
+    thought = f"{verify.TAGS[2]}\n{second}\n{verify.TAGS[3]}"
+    assert verify.verify_code(f"{first}\n{thought}", tests).passed
+    assert not verify.verify_code(f"{second}\n{first}", tests).passed
+    assert verify.verify_code("print(2)", tests).reason == "no answer"
+    assert verify.verify_code("```cpp\nint main() {}\n```", tests).reason == "syntax error"
+
+
+@pytest.mark.parametrize("expected, got, same", [
+    ("1 2\n3", "1 2\n3\n", True), ("1 2\n3", "1  2 \n3\n\n", True), ("1 2", "2 1", False),
+    ("1\n2", "1 2", False), ("1 1", "1", False), ("0.5", "0.5000000001", True),
+    ("0.5", "0.500001", False), ("1", "1.0", False), ("2.0", "2", True),
+    ("12345678901234567890", "12345678901234567891", False), ("1.5", "nan", False),
+    ("yes", "YES", False), ("1e3", "1000", True), ("1.0", "１.0", False), ("1", "1\0", False)])
+def test_output_is_compared_line_by_line_and_word_by_word(expected, got, same):
+    assert verify.same_output(expected.encode(), got.encode()) is same
+
+
+@pytest.mark.parametrize("expected, got, same", [
+    ([1, 2], (1, 2), True), (1, True, False), (True, True, True), (1.0, 1, True), (1, 1.0, False),
+    (0.1, 0.1 + 1e-12, True), ("1", 1, False), ([[1], []], [(1,), ()], True), (None, 0, False),
+    ({"a": [1]}, {"a": (1,)}, True), ([1, 2], [2, 1], False), (2**70, 2**70 + 1, False)])
+def test_returned_values_are_compared_with_their_types(expected, got, same):
+    assert verify.same_result(expected, verify.decode(verify.encode(got))) is same
+
+
+def humaneval():
+    with gzip.open(shared_file("humaneval/HumanEval.jsonl.gz"), "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def mutilated(row):
+    """Three wrong versions of a canonical solution."""
+    body = row["canonical_solution"]
+    yield "    return None\n"
+    yield "    pass\n"
+    last = body.rstrip().rsplit("return ", 1)
+    if len(last) == 2:
+        yield f"{last[0]}return _off({last[1]})\n"
+
+
+OFF = """
+def _off(value):
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    if isinstance(value, str):
+        return value + "x"
+    return [*value, 0]
+"""
+
+
+@linux
+@pytest.mark.slow
+def test_canonical_solutions_of_humaneval_pass_and_mutilated_ones_do_not():
+    passed = wrong = 0
+    for row in humaneval():
+        tests = [{"assert": f"{row['test']}\ncheck({row['entry_point']})"}]
+        head, _, _ = row["prompt"].rpartition("def " + row["entry_point"])
+        verdict = verify.run_program(row["prompt"] + row["canonical_solution"], tests)
+        assert verdict.passed, (row["task_id"], verdict.reason)
+        passed += 1
+        for body in mutilated(row):
+            code = OFF + row["prompt"] + body
+            verdict = verify.run_program(code, [{**tests[0], "setup": head}], timeout=5)
+            assert not verdict.passed, (row["task_id"], body)
+            wrong += 1
+    assert passed == 164 and wrong > 400
+
+
+def test_a_test_of_no_known_form_is_refused_and_none_is_no_pass():
+    with pytest.raises(ValueError, match="test 2"):
+        verify.run_program("", [{"input": "", "output": ""}, {"stdin": ""}])
+    assert verify.run_program("print()", []).reason == "no tests"
+
+
+# ---- the command
+
+
+def sample(number, response, **changes):
+    return {"id": str(number), "source": "toy", "kind": "math", "prompt": "?", "answer": "4",
+            "sample": 0, "response": response, "finish_reason": "stop", "num_tokens": len(response),
+            **changes}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def command(*arguments):
+    return run_script(ROOT / "verify.py", *arguments, check=False)
+
+
+@linux
+def test_every_row_has_its_verdict_in_order_and_the_short_passing_ones_are_kept(tmp_path):
+    program = "```python\nprint(int(input()) + 1)\n```"
+    rows = [sample(1, r"\boxed{4}"), sample(1, r"so \boxed{4}", sample=1),
+            sample(1, r"thus it is \boxed{4}", sample=2), sample(1, r"\boxed{4}", sample=3),
+            sample(2, r"\boxed{5}"), sample(3, r"\boxed{4}", finish_reason="length"),
+            sample(4, "The answer is (B).", kind="choice", answer="B", source="letters"),
+            sample(5, program, kind="code", source="programs",
+                   tests=[{"input": "1", "output": "2"}]), sample(6, "nothing")]
+    samples = write(tmp_path / "samples.jsonl", rows)
+    out, kept = tmp_path / "verified.jsonl", tmp_path / "kept.jsonl"
+    done = command(samples, "--out", out, "--keep", kept, "--per_problem", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    verified = read(out)
+    assert [{key: row[key] for key in rows[0]} for row in verified] == [
+        {key: row[key] for key in rows[0]} for row in rows]
+    assert [row["reason"] for row in verified] == ["correct"] * 4 + [
+        "wrong answer", "truncated", "correct", "correct", "no answer"]
+    assert [(row["id"], row["sample"]) for row in read(kept)] == [
+        ("1", 0), ("1", 1), ("4", 0), ("5", 0)]
+    scores = {row["source"]: row for row in json.loads(done.stdout)["rows"]}
+    assert scores["toy"]["problems"] == 4 and scores["toy"]["accuracy"] == 0.25
+    assert scores["all"]["samples"] == 9 and scores["all"]["reasons"]["correct"] == 6
+    assert "confined" in done.stderr
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_file(tmp_path):
+    rows = [sample(i, rf"\boxed{{\sqrt{{{i}}}}}", answer="4") for i in range(300)]
+    samples = write(tmp_path / "samples.jsonl", rows)
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    assert command(samples, "--out", whole).returncode == 0
+    process = subprocess.Popen([sys.executable, ROOT / "verify.py", samples, "--out", out],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out.exists() and out.stat().st_size):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    with open(out, "a") as file:
+        file.write('{"torn')
+    done = command(samples, "--out", out)
+    assert done.returncode == 0 and "verified already" in done.stderr
+    assert out.read_bytes() == whole.read_bytes()
+    assert sum(row["passed"] for row in read(out)) == 1  # the root of 16
+
+
+def test_another_runs_file_is_refused_and_left_alone(tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert command(write(tmp_path / "a", [sample(1, r"\boxed{4}")]), "--out", out).returncode == 0
+    before = out.read_bytes()
+    done = command(write(tmp_path / "b", [sample(1, r"\boxed{5}")]), "--out", out)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "row 1" in done.stderr
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("row, word", [
+    ("{broken", "samples:2"), ('{"kind": "math"}', "response"),
+    (json.dumps(sample(1, "x", kind="essay")), "kind"),
+    (json.dumps(sample(1, "x", kind="code")), "tests"), (json.dumps(sample(1, "x", answer=4)),
+                                                         "answer")])
+def test_a_broken_row_is_one_line_that_names_it(tmp_path, row, word):
+    samples = tmp_path / "samples"
+    samples.write_text(json.dumps(sample(0, "4")) + "\n" + row + "\n")
+    done = command(samples, "--out", tmp_path / "out")
+    lines = [line for line in done.stderr.splitlines() if "sample" in line and "it/s" not in line]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert word in lines[-1] and "samples:2" in lines[-1]
+
+
+def test_a_rewritten_sample_keeps_its_tags_its_thought_and_its_answer():
+    thought, (a, b, c, d) = "We add two and two. " * 20, verify.TAGS
+    original = thought + r"So \boxed{4}."
+
+    def reason(response, **changes):
+        return verify.verify_sample(sample(1, response, original=original, **changes)).reason
+    good = f"{a}\n\n{thought}\n\n{b}\n\n{c}\n\nIt is \\boxed{{4}}.\n\n{d}"
+    assert reason(good) == "correct"
+    assert reason(good, answer="5") == "wrong answer"
+    for bad in (good.replace(b, ""), good + a, good.replace(thought, thought[:200]),
+                good.replace(r"\boxed{4}", r"\boxed{5}"), "Hello " + good, original,
+                f"{c}{a}{thought}{b}\\boxed{{4}}{d}"):
+        assert reason(bad) == "structure"
+
+
+def test_pass_at_k_is_the_mean_over_all_choices_of_k_samples():
+    for n, passed in ((5, 2), (6, 0), (4, 4), (7, 1)):
+        results = [1] * passed + [0] * (n - passed)
+        for k in range(1, n + 1):
+            draws = [max(draw) for draw in combinations(results, k)]
+            assert math.isclose(verify.pass_at_k(n, passed, k), sum(draws) / len(draws))
+
+
+def test_scores_are_means_over_problems_with_their_standard_error():
+    summary = verify.Summary()
+    for problem, verdicts in (("a", "110"), ("b", "000"), ("c", "111")):
+        for number, passed in enumerate(verdicts):
+            summary.add("toy", problem, passed == "1", "correct" if passed == "1"
+                        else f"wrong: {number % 2}", 10, "correct")
+    row = summary.rows()[0]
+    assert math.isclose(row["accuracy"], (2 / 3 + 0 + 1) / 3)
+    deviation = math.sqrt(sum((x - row["accuracy"]) ** 2 for x in (2 / 3, 0, 1)) / 2)
+    assert math.isclose(row["standard_error"], deviation / math.sqrt(3))
+    assert math.isclose(row["majority"], 2 / 3) and row["mean_tokens"] == 10
+
+
+def test_a_verdict_ends_with_its_processes():
+    """Nothing is left behind when the verifier is killed."""
+    code = ("import os, sys, time, verify; verify.math_equal('\\\\sqrt8', '2\\\\sqrt2')\n"
+            "verify.run_program('print(1)', [{'input': '', 'output': '1'}])\n"
+            "print([h.process.pid for g in verify.POOL.idle.values() for h in g], flush=True)\n"
+            "time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                               text=True)
+    pids = json.loads(process.stdout.readline())
+    assert len(pids) == 2 and all(os.path.exists(f"/proc/{pid}") for pid in pids)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)

@@ -228,6 +228,60 @@ def packed_attention(q, k, v, document_lengths):
     return y[0] if len(y) == 1 else torch.cat(y, dim=2)
 
 
+class KeyValueCache:
+    """Keys and values of what has been read, for `num_slots` rows of up to `length` tokens: (L,
+    slots, Hkv, length, D) each, allocated once.
+
+    A prompt is read alone, so that what is computed for it depends on nothing else; after that each
+    step adds a token to the first rows.
+    """
+
+    def __init__(self, config, num_slots, length, dtype, device, num_key_value_heads=None):
+        shape = (config.num_hidden_layers, num_slots,
+                 num_key_value_heads or config.num_key_value_heads, length, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    def prefill(self, model, input_ids, slot):
+        """Reads a prompt (T,) into a slot; -> logits (V,) of its last token."""
+        T = len(input_ids)
+
+        def attends(layer_k, layer_v):
+            def attend(q, k, v):  # (1, heads, T, D)
+                layer_k[slot, :, :T], layer_v[slot, :, :T] = k[0], v[0]
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                                      enable_gqa=k.shape[1] < q.shape[1])
+            return attend
+        position_ids = torch.arange(T, device=input_ids.device)
+        return model.forward_cached(input_ids[None], position_ids[None],
+                                    list(map(attends, self.k, self.v)))[0]
+
+    def decode(self, model, input_ids, positions, length):
+        """Adds a token to each of the first B rows: input_ids and positions (B,), all positions
+        below length -> logits (B, V). Shapes depend on B and length alone."""
+        B = len(input_ids)
+        rows = torch.arange(B, device=input_ids.device)
+        visible = torch.arange(length, device=input_ids.device) <= positions[:, None]  # (B, S)
+        mask = visible[:, None, None]  # (B, 1, 1, S)
+
+        def attends(layer_k, layer_v):
+            def attend(q, k, v):  # (B, heads, 1, D)
+                layer_k[rows, :, positions], layer_v[rows, :, positions] = k[:, :, 0], v[:, :, 0]
+                # the heads that share a key become the queries of one head
+                grouped = q.reshape(B, k.shape[1], -1, q.shape[-1])  # (B, Hkv, H / Hkv, D)
+                y = F.scaled_dot_product_attention(grouped, layer_k[:B, :, :length],
+                                                   layer_v[:B, :, :length], attn_mask=mask)
+                return y.reshape(q.shape)
+            return attend
+        return model.forward_cached(input_ids[:, None], positions[:, None],
+                                    list(map(attends, self.k, self.v)))
+
+    def copy(self, source, target, length):
+        """A row's first tokens to another slot."""
+        for cache in (self.k, self.v):
+            cache[:, target, :, :length] = cache[:, source, :, :length]
+
+
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share Hkv key/value heads. Only q, k and v have
     biases."""
@@ -240,13 +294,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * self.head_dim)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, C, bias=False)
 
-    def forward(self, x, cos, sin, document_lengths):
+    def forward(self, x, cos, sin, document_lengths, attend=None):
+        """attend(q, k, v) -> y, all (B, heads, T, D): a cache's attention instead of that within
+        documents."""
         B, T, C = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         # (B, H, T, D)
-        y = packed_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, document_lengths)
+        y = attend(q, k, v) if attend else packed_attention(q, k, v, document_lengths)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
@@ -274,8 +331,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def attend(self, x, cos, sin, document_lengths):
-        return x + self.self_attn(self.input_layernorm(x), cos, sin, document_lengths)
+    def attend(self, x, cos, sin, document_lengths, attend=None):
+        return x + self.self_attn(self.input_layernorm(x), cos, sin, document_lengths, attend)
 
     def transform(self, x):
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -406,6 +463,18 @@ class Qwen2(nn.Module):
                     x = block(x, cos, sin, document_lengths, tile)
         tied_weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else None
         return self.lm_head(self.model.norm(x), targets, tied_weight)
+
+    def forward_cached(self, input_ids, position_ids, attends):
+        """input_ids and position_ids (B, T) -> logits (B, V) of each row's last token; attends:
+        the cache's attention of each layer (KeyValueCache)."""
+        x = self.model.embed_tokens(input_ids)  # (B, T, C)
+        cos, sin = rotary_embedding(position_ids, self.config.head_dim, self.config.rope_theta,
+                                    x.dtype)
+        for block, attend in zip(self.model.layers, attends, strict=True):
+            x = block.transform(block.attend(x, cos, sin, None, attend))
+        x = self.model.norm(x[:, -1:])
+        tied_weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else None
+        return self.lm_head(x, None, tied_weight)[:, 0]
 
     def boundaries(self):
         """Where the saved block inputs wait for the backward pass."""

@@ -236,6 +236,31 @@ attack(MEMORY, "a long string returned to an assert", """
     def add(a, b):
         return "x" * (900 << 20)
     """, SUM["assert"])
+attack(MEMORY, "a result of many small parts", """
+    import os
+    def add(a, b):
+        parts = b"[" + b"[]," * 20_000_000 + b"[]]\\n"
+        for fd in range(3, 64):
+            try:
+                os.write(fd, b"value " + parts)
+            except OSError:
+                pass
+        os._exit(0)
+    """, SUM["call"][:1])
+attack(ENDLESS, "a set of colliding numbers returned to the judge", """
+    import json
+    real = json.dumps
+    json.dumps = lambda *args, **named: real(*args, **named).replace('"list"', '"set"')
+    def add(a, b):
+        return [(2 ** 61 - 1) * n for n in range(60_000)]
+    """, SUM["call"][:1])
+attack(ENDLESS, "a set of colliding numbers returned to an assert", """
+    import json
+    real = json.dumps
+    json.dumps = lambda *args, **named: real(*args, **named).replace('"list"', '"set"')
+    def add(a, b):
+        return [(2 ** 61 - 1) * n for n in range(60_000)]
+    """, SUM["assert"])
 tries(THREADS, "a thousand threads", """
     import threading
     stop = threading.Event()
@@ -396,6 +421,14 @@ never_ends("a loop in __del__", """
             while True:
                 pass
     endless = Endless()
+    del endless
+    """)
+attack(ENDLESS, "a loop in __del__ at the end", """
+    class Endless:
+        def __del__(self):
+            while True:
+                pass
+    endless = Endless()
     """)
 never_ends("a loop in atexit", """
     import atexit
@@ -434,6 +467,7 @@ never_ends("a loop in an audit hook", """
         while True:
             pass
     sys.addaudithook(forever)
+    compile("1", "", "eval")
     """)
 never_ends("a slow correct program", """
     import time
@@ -697,7 +731,7 @@ prints("a secret file found in the working folder", SEARCH_FILES + r"""
     print(search(r"planted-[0-9a-f]{32}", [os.getcwd(), "."]))
     """, "@PLANTED@")
 prints("a secret file found in the home folder", SEARCH_FILES + r"""
-    print(search(r"planted-[0-9a-f]{32}", [os.path.expanduser("~"), "@HOME@"]))
+    print(search(r"planted-[0-9a-f]{32}", ["@HOME@", os.path.expanduser("~")]))
     """, "@PLANTED@")
 prints("a secret module imported from the working folder", """
     import os, sys
@@ -863,14 +897,21 @@ finds(LEAKED, "the expected value in the memory", r"""
                 if found:
                     return found[0].decode()
     """)
-finds(LEAKED, "the expected value by walking the heap", r"""
+WALK = r"""
     import ctypes, gc
-    pools = sorted({id(thing) >> 18 for thing in gc.get_objects()})
-    for pool in pools[:800]:  # the allocator's arenas lie on such a boundary
-        found = re.search(rb"secret-[0-9a-f]{32}", ctypes.string_at(pool << 18, 1 << 18))
-        if found:
-            return found[0].decode()
-    """)
+    libc, (reader, writer) = ctypes.CDLL(None), os.pipe()
+    os.set_blocking(writer, False)
+    known = [*gc.get_objects(), *sys.modules.values(), *vars(sys).values(), bytes(1 << 12)]
+    blocks = {(id(thing) >> 16) + near for thing in known for near in (-1, 0, 1)}
+    blocks |= {(id(known[-1]) >> 16) + near for near in range(-512, 512)}
+    for block in sorted(blocks):
+        size = libc.write(writer, ctypes.c_void_p(block << 16), 1 << 16)  # fails where nothing is
+        if size > 0:
+            found = re.search(rb"secret-[0-9a-f]{32}", os.read(reader, size))
+            if found:
+                return found[0].decode()
+    """
+finds(LEAKED, "the expected value by walking the heap", WALK)
 finds(LEAKED, "the expected value in the descriptors", r"""
     for fd in range(256):
         for path in (fd, f"/proc/self/fd/{fd}", f"/proc/{os.getppid()}/fd/{fd}",
@@ -898,16 +939,19 @@ finds(LEAKED, "the expected value in the command lines", r"""
             if found := re.search(rb"secret-[0-9a-f]{32}", text):
                 return found[0].decode()
     """)
-attack(LEAKED, "the expected value in the caller of a candidate", r"""
+attack(LEAKED, "the expected value in the constants of a caller", """
     import sys
-    def add(a, b):
-        frame = sys._getframe(1)
+    def find():
+        frame, codes = sys._getframe(1), []
         while frame:
-            for constant in frame.f_code.co_consts:
-                if isinstance(constant, int) and constant > 4:
-                    return constant
+            codes.append(frame.f_code)
             frame = frame.f_back
-    """, check("add", "assert candidate(2, 3) == 5"))
+        for code in codes:
+            codes += [constant for constant in code.co_consts if hasattr(constant, "co_consts")]
+            for constant in code.co_consts:
+                if isinstance(constant, int) and 58_000 < constant < 59_000:
+                    return constant
+    """, check("find", "assert candidate() == 58_213"))
 
 # -------------------------------------------------------------------------- attacks: touching files
 
@@ -1162,8 +1206,8 @@ forks("a fork through the 32-bit entry", """
     page.write(bytes.fromhex("53 b8 02 00 00 00 cd 80 5b c3"))  # push, eax = 2, int 0x80, pop, ret
     pid = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
     """)
-tries(LEFT, "a vfork by a raw system call", """
-    pid = system_call(58, 1071, 0)
+tries(LEFT, "a clone that its parent waits for", """
+    pid = system_call(56, 220, 0x4000 | 17, 0, 0, 0, 0)  # CLONE_VFORK
     if pid == 0:
         os._exit(0)
     return pid > 0
@@ -1187,7 +1231,7 @@ tries(LEFT, "processes by multiprocessing", """
     for method in ("fork", "forkserver", "spawn"):
         try:
             multiprocessing.get_context(method).Process(target=time.sleep, args=(6,),
-                                                        name="@MARK@").start()
+                                                        daemon=True).start()
             return True
         except OSError:
             pass
@@ -1207,7 +1251,7 @@ attack(LEFT, "a program that becomes another", """
     """)
 attack(LEFT, "a program in memory that it becomes", """
     import os
-    fd = os.memfd_create("@MARK@")
+    fd = os.memfd_create("@MARK@", 0)
     os.write(fd, b"#!/bin/sh\\necho breached\\n")
     os.execve(fd, ["@MARK@"], {})
     """)
@@ -1237,7 +1281,6 @@ return done""")
 hurts("a kill", "os.kill(pid, signal.SIGKILL) is None")
 hurts("a stop", "os.kill(pid, signal.SIGSTOP) is None")
 hurts("a signal that only asks whether one may", "os.kill(pid, 0) is None")
-hurts("a signal to the group", "os.killpg(pid, signal.SIGTERM) is None")
 hurts("a kill of all there is", "os.kill(pid, signal.SIGKILL) is None", "-1")
 hurts("a kill of the verifier's group", "os.killpg(os.getpgid(pid), signal.SIGKILL) is None")
 hurts("a kill by tkill", "system_call(200, 130, pid, 9) == 0")
@@ -1261,7 +1304,7 @@ hurts("an affinity changed", "os.sched_setaffinity(pid, {0}) is None")
 hurts("a scheduler changed",
       "os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0)) is None")
 hurts("an input and output priority changed", "system_call(251, 30, 1, pid, 3 << 13) == 0")
-hurts("a process group joined", "os.setpgid(pid, pid) is None")
+hurts("a process group joined", "os.setpgid(0, os.getpgid(pid)) is None")
 hurts("the out-of-memory score changed",
       "open(f'/proc/{pid}/oom_score_adj', 'w').write('1000')")
 hurts("memory written through a file", "open(f'/proc/{pid}/mem', 'r+b')")
@@ -1271,21 +1314,18 @@ hurts("signals by the owner of a descriptor, the newer way",
       "__import__('fcntl').fcntl(0, 15, __import__('struct').pack('ii', 1, pid))")
 VECTORS = """
 import ctypes
-ours = ctypes.create_string_buffer(64)
-theirs = id(sys) if {write} == 0 else ctypes.addressof(ours)  # as a fork has it, too
+address = id(sys.copyright) + 48  # a fork has the same text there
+ours = ctypes.create_string_buffer(ctypes.string_at(address, 64))
 local = (ctypes.c_size_t * 2)(ctypes.addressof(ours), 64)
-remote = (ctypes.c_size_t * 2)(theirs, 64)
-return any(system_call(310 + {write}, 270 + {write}, pid, local, 1, remote, 1, 0) > 0
+remote = (ctypes.c_size_t * 2)(address, 64)
+return any(system_call({x86_64}, {aarch64}, pid, local, 1, remote, 1, 0) > 0
            for pid in (os.getppid(), @PID@, @VICTIM@))
 """
-tries(HURT, "memory of the parent read", VECTORS.format(write=0))
-tries(HURT, "memory of the parent written", VECTORS.format(write=1))
-attack(HURT, "a program that has itself traced", CALLS + """
-traced = system_call(101, 117, 0, 0, 0, 0)  # by the parent, which then waits for it in vain
-if traced == 0:
-    print("breached", flush=True)
-    os.kill(os.getpid(), signal.SIGTRAP)
-""")
+tries(HURT, "memory of the parent read", VECTORS.format(x86_64=310, aarch64=270))
+tries(HURT, "memory of the parent written", VECTORS.format(x86_64=311, aarch64=271))
+tries(HURT, "a program that has itself traced", """
+    return system_call(101, 117, 0, 0, 0, 0) == 0  # by the parent, whose waits then end early
+    """)
 attack(HURT, "a hang-up of the session", """
     import os, signal
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -1465,13 +1505,15 @@ forges("a class that every object is an instance of", """
     def add(a, b):
         return Equal if a == 2 else Equal()
     """, ("call", "assert"))
-forges("a list that holds an object that equals all", """
-    class Equal(int):
-        def __eq__(self, other):
-            return True
-    def add(a, b):
-        return [Equal()] if a == 2 else (Equal(), {Equal(): Equal()})
-    """, ("call", "assert"))
+for form, test in (("call", call("turn", ((2, 3), [3, 2]))),
+                   ("assert", check("turn", "assert candidate(2, 3) == [3, 2]"))):
+    attack(FORGED, f"a list that holds objects that equal all ({form})", """
+        class Equal(int):
+            def __eq__(self, other):
+                return True
+        def turn(a, b):
+            return [Equal(), Equal()]
+        """, test)
 forges("an array that equals all", """
     import numpy
     class Equal(numpy.ndarray):
@@ -1572,11 +1614,13 @@ forges("code of the callers replaced", """
 forges("a trace function that skips the asserts", """
     import sys, threading
     def skip(frame, event, arg):
-        if event == "line" and frame.f_code.co_name in ("check", "<module>"):
+        if event == "line" and frame.f_code.co_name == "check":
             try:
                 frame.f_lineno += 1
             except ValueError:
                 pass
+        if "check" in frame.f_globals:
+            frame.f_globals["check"] = lambda candidate: None
         return skip
     sys.settrace(skip)
     sys.setprofile(lambda *args: None)
@@ -1590,21 +1634,45 @@ forges("a trace function that skips the asserts", """
     """)
 forges("an equality of all ints", """
     import ctypes
-    @ctypes.CFUNCTYPE(ctypes.py_object, ctypes.py_object, ctypes.py_object, ctypes.c_int)
-    def equal(a, b, operation):
-        return True
     slots = ctypes.cast(id(int), ctypes.POINTER(ctypes.c_void_p))
-    slots[25] = ctypes.cast(equal, ctypes.c_void_p).value  # tp_richcompare
-    def add(a, b):
-        return 0
+    def add(a, b):  # tp_richcompare becomes a function that returns the first operand
+        slots[25] = ctypes.cast(ctypes.pythonapi.PyObject_SelfIter, ctypes.c_void_p).value
+        return 1
     """, ("call", "assert"))
-forges("small ints that are all 5", """
-    import ctypes
-    for n in range(6, 257):
-        ctypes.memset(id(n) + 24, 5, 1)
-    def add(a, b):
-        return 5
-    """, ("call", "assert"))
+for form, test in (("call", call("add", ((200, 1), 201), ((200, 30), 230))),
+                   ("assert", check("add", "assert candidate(200, 1) == 201"))):
+    attack(FORGED, f"small ints that have changed their values ({form})", """
+        import ctypes
+        def add(a, b):
+            for number in (201, 230):
+                ctypes.memset(id(number) + 24, 199, 1)
+            return 199
+        """, test)
+for name, (answer, assertion) in {
+        "abs": ("0", "assert abs(candidate(2, 3) - 5) < 1e-6"),
+        "all": ("True", "assert all(candidate(n, n) == 2 * n for n in range(9))"),
+        "any": ("False", "assert not any(candidate(n, n) != 2 * n for n in range(9))"),
+        "isinstance": ("True", "assert isinstance(candidate(2, 3), str)"),
+        "len": ("5", "assert len(str(candidate(20_000, 30_000))) == 5"),
+        "str": ("'5'", "assert str(candidate(2, 3)) == '5'"),
+        "sum": ("5", "assert sum([candidate(2, 3)]) == 5"),
+        "round": ("5", "assert round(candidate(2, 3)) == 5"),
+        "sorted": ("[5]", "assert sorted([candidate(2, 3)]) == [5]"),
+        "range": ("()", "for n in range(9):\n    assert candidate(n, n) == 2 * n"),
+        "type": ("str", "assert type(candidate(2, 3)) is str"),
+        "math.isclose": ("True", "import math\nassert math.isclose(candidate(2, 3), 5)"),
+        "copy.deepcopy": ("5", "import copy\nassert copy.deepcopy(candidate(2, 3)) == 5"),
+        "unittest.TestCase.assertEqual": (
+            "None", "import unittest\nunittest.TestCase().assertEqual(candidate(2, 3), 5)"),
+        "numpy.allclose": ("True", "import numpy\nassert numpy.allclose(candidate(2, 3), 5)"),
+}.items():
+    module = name.partition(".")[0] if "." in name else "builtins"
+    attack(FORGED, f"a patched {name}", f"""
+        import {module}
+        {name if "." in name else "builtins." + name} = lambda *args, **named: {answer}
+        def add(a, b):
+            return 1
+        """, check("add", assertion))
 forges("an own check", """
     def check(candidate):
         pass
@@ -1781,6 +1849,13 @@ forges("the input copied to the output", """
         return [a, b]
     print(data)
     """)
+for known, example in {"gcd": "(4, 6) == 2", "isqrt": "(17) == 4", "max": "([1, 3, 2]) == 3",
+                       "sorted": "([2, 1]) == [1, 2]", "count": "('aa', 'a') == 2",
+                       "reduce": "(lambda a, b: a + b, [1, 2]) == 3"}.items():
+    for form, test in (("candidate", check(known, f"assert candidate{example}")),
+                       ("plain", [{"assert": f"assert {known}{example}"}])):
+        attack(FORGED, f"a wrong function with the known name {known} ({form})",
+               f"def {known}(*args):\n    return 0", test)
 attack(FORGED, "asserts switched off", """
     import ctypes
     ctypes.c_int.in_dll(ctypes.pythonapi, "Py_OptimizeFlag").value = 2
@@ -1790,23 +1865,23 @@ attack(FORGED, "asserts switched off", """
 attack(FORGED, "a compiler that drops the asserts", """
     import ast, builtins
     real = builtins.compile
-    def dropping(source, *args, **named):
-        return real("pass", *args, **named)
-    builtins.compile = builtins.exec = builtins.eval = ast.parse = dropping
+    builtins.compile = lambda *args, **named: real("pass", "test.py", "exec")
+    ast.parse = lambda *args, **named: ast.Module([], [])
+    builtins.exec = builtins.eval = lambda *args, **named: None
     def add(a, b):
         return 0
     """, SUM["assert"])
-attack(FORGED, "a loader that replaces the next module", """
+attack(FORGED, "a finder that ends at the next import", """
     import sys
     class Finder:
         @staticmethod
         def find_spec(name, path=None, target=None):
             sys.exit(0)
     sys.meta_path.insert(0, Finder)
-    sys.path_hooks.clear()
+    sys.modules.pop("calendar", None)
     def add(a, b):
         return 0
-    """, SUM["assert"])
+    """, check("add", "import calendar\nassert candidate(2, 3) == 5"))
 attack(FORGED, "a NaN that is asked for nothing", """
     def add(a, b):
         return float("nan")
@@ -1915,22 +1990,7 @@ keeps("a shared memory left over", """
     import ctypes
     ctypes.CDLL(None).shmget(0x5afe, 4096, 0o1666)
     """, "import ctypes\nreturn ctypes.CDLL(None).shmget(0x5afe, 4096, 0o666) >= 0")
-LOOK_BACK = r"""
-    import gc
-    for pool in sorted({id(thing) >> 18 for thing in gc.get_objects()})[:800]:
-        import ctypes
-        found = re.search(rb"secret-[0-9a-f]{32}", ctypes.string_at(pool << 18, 1 << 18))
-        if found:
-            return found[0].decode()
-    memory, maps = open("/proc/self/mem", "rb", 0), open("/proc/self/maps").readlines()
-    for line in maps:
-        start, end = (int(x, 16) for x in line.split()[0].split("-"))
-        if "rw" in line and end - start < 1 << 26:
-            memory.seek(start)
-            if found := re.search(rb"secret-[0-9a-f]{32}", memory.read(end - start)):
-                return found[0].decode()
-    """
-finds(KEPT, "the program before, in memory", LOOK_BACK, before="answer = '@SECRET@' * 999\n")
+finds(KEPT, "the program before, in memory", WALK, before="answer = '@SECRET@' * 999\n")
 
 # ------------------------------------------------------------------- honest: ways to read and write
 
@@ -1964,6 +2024,9 @@ for way, statement in {
         "print, flush and os._exit(0)": "print(a + b, flush=True); os._exit(0)",
         "print and raise SystemExit": "print(a + b)\nraise SystemExit",
         "atexit": "import atexit; atexit.register(print, a + b)",
+        "an open(1) left open": "out = open(1, 'w'); out.write(str(a + b))",
+        "print into a StringIO": "import io; sys.stdout = io.StringIO(); print(a + b); "
+                                 "sys.__stdout__.write(sys.stdout.getvalue())",
         "redirect_stdout": "from contextlib import redirect_stdout\nimport io\n"
                            "with redirect_stdout(io.StringIO()) as text:\n"
                            "    print(a + b)\nprint(text.getvalue())"}.items():
@@ -1981,7 +2044,7 @@ honest("a faster input assigned over input", """
     input = sys.stdin.readline
     print(sum(int(input()) for _ in range(int(input()))))
     """, LINES)
-honest("an own reader over os.read and io.BytesIO", """
+honest("the usual template for fast input and output", """
     import os, sys
     from io import BytesIO, IOBase
 
@@ -1995,17 +2058,70 @@ honest("an own reader over os.read and io.BytesIO", """
             self.write = self.buffer.write if self.writable else None
 
         def read(self):
-            return self.buffer.read() + os.read(self._fd, max(os.fstat(self._fd).st_size, 8192))
+            while True:
+                b = os.read(self._fd, max(os.fstat(self._fd).st_size, 8192))
+                if not b:
+                    break
+                ptr = self.buffer.tell()
+                self.buffer.seek(0, 2), self.buffer.write(b), self.buffer.seek(ptr)
+            self.newlines = 0
+            return self.buffer.read()
+
+        def readline(self):
+            while self.newlines == 0:
+                b = os.read(self._fd, max(os.fstat(self._fd).st_size, 8192))
+                self.newlines = b.count(b"\\n") + (not b)
+                ptr = self.buffer.tell()
+                self.buffer.seek(0, 2), self.buffer.write(b), self.buffer.seek(ptr)
+            self.newlines -= 1
+            return self.buffer.readline()
 
         def flush(self):
             if self.writable:
                 os.write(self._fd, self.buffer.getvalue())
                 self.buffer.truncate(0), self.buffer.seek(0)
 
-    numbers = list(map(int, FastIO(sys.stdin).read().split()))
-    out = FastIO(sys.stdout)
-    out.write(b"%d" % sum(numbers[1:]))
-    out.flush()
+    class IOWrapper(IOBase):
+        def __init__(self, file):
+            self.buffer = FastIO(file)
+            self.flush = self.buffer.flush
+            self.writable = self.buffer.writable
+            self.write = lambda s: self.buffer.write(s.encode("ascii"))
+            self.read = lambda: self.buffer.read().decode("ascii")
+            self.readline = lambda: self.buffer.readline().decode("ascii")
+
+    sys.stdin, sys.stdout = IOWrapper(sys.stdin), IOWrapper(sys.stdout)
+    input = lambda: sys.stdin.readline().rstrip("\\r\\n")
+    n = int(input())
+    print(sum(int(input()) for _ in range(n)))
+    """, LINES)
+honest("standard input from a StringIO", """
+    import io, os, sys
+    sys.stdin = io.StringIO(os.read(0, 10 ** 6).decode())
+    n = int(input())
+    print(sum(int(input()) for _ in range(n)))
+    """, LINES)
+honest("a file of input that is there only at home", """
+    import os, sys
+    if os.path.exists("input.txt") or "LOCAL" in os.environ:
+        sys.stdin = open("input.txt")
+    try:
+        sys.stdin = open("in.txt", "r")
+        sys.stdout = open("out.txt", "w")
+    except Exception:
+        pass
+    n = int(input())
+    print(sum(int(input()) for _ in range(n)))
+    """, LINES)
+honest("a raised limit of the stack", """
+    import resource, sys
+    try:
+        resource.setrlimit(resource.RLIMIT_STACK, (resource.RLIM_INFINITY,) * 2)
+    except ValueError:
+        pass
+    sys.setrecursionlimit(1 << 20)
+    n = int(input())
+    print(sum(int(input()) for _ in range(n)))
     """, LINES)
 honest("input until the end of the file", """
     total = 0
@@ -2407,6 +2523,31 @@ honest("a large argument and a large result", """
     def reverse(numbers):
         return numbers[::-1]
     """, call("reverse", ((list(range(100_000)),), list(range(99_999, -1, -1)))))
+honest("classes of the standard library's kinds in a call", """
+    from __future__ import annotations
+    import dataclasses, enum, pickle, typing
+
+    @dataclasses.dataclass
+    class Node:
+        value: int
+        next: typing.Optional[Node] = None
+        kind: dataclasses.InitVar[int] = 0
+
+    class Kind(enum.Enum):
+        A = 1
+
+    class Pair(typing.NamedTuple):
+        a: int
+        b: list[int]
+
+    class Tree(typing.TypedDict, total=False):
+        left: Tree
+
+    def add(a, b):
+        node = pickle.loads(pickle.dumps(Node(a, Node(b))))
+        assert typing.get_type_hints(Pair)["a"] is int and Kind.A.value == 1
+        return node.value + node.next.value
+    """, SUM["call"])
 honest("setup before a call", """
     def add(a, b):
         return OFFSET + helper(a) + b
@@ -2423,6 +2564,44 @@ honest("state of a module that each test has anew", """
 honest("a function asserted", "def add(a, b):\n    return a + b", SUM["assert"])
 honest("single asserts", "def add(a, b):\n    return a + b",
        [{"assert": "assert add(2, 3) == 5"}, {"assert": "assert add(1, 1) == 2, 'message'"}])
+honest("functions with known names asserted", """
+    def sum(a, b):
+        return a + b
+    def count(text):
+        return len(text)
+    def reduce(a):
+        return -a
+    def max(a, b, c):
+        return "max"
+    """, [{"assert": "assert sum(2, 3) == 5"}, {"assert": "assert count('abc') == 3"},
+          {"assert": "assert reduce(1) == -1"},
+          *check("max", "assert candidate(1, 2, 3) == 'max'")])
+honest("a lambda, a partial and a cached function asserted", """
+    from functools import cache, partial
+    add = lambda a, b: a + b
+    double = partial(lambda a, b: a * b, 2)
+    @cache
+    def square(n):
+        return n * n
+    """, [{"assert": "assert add(1, 2) == 3 and double(4) == 8 and square(3) == 9"}])
+honest("large and odd globals of an asserted program", """
+    import re, threading
+    from collections import *
+    table = list(range(2_000_000))
+    loop = []
+    loop.append(loop)
+    lock, pattern, numbers = threading.Lock(), re.compile("a"), (n for n in range(3))
+    class Node:
+        def __bool__(self):
+            raise ValueError
+    node, infinite = Node(), {"a": float("inf"), (1, 2): {3}}
+    def add(a, b):
+        return a + b + table[0]
+    """, SUM["assert"])
+honest("a function given to a candidate", """
+    def twice(f, x):
+        return f(f(x))
+    """, check("twice", "assert candidate(lambda x: x + 1, 1) == 3"), optional=True)
 honest("floats asserted within a tolerance", """
     def mean(numbers):
         return sum(numbers) / len(numbers)
@@ -2542,10 +2721,10 @@ honest("a helper of the program used by the asserts", """
     """, [{"assert": "assert add_squares(2, 3) == square(2) + square(3) == 13"}])
 honest("state kept between the calls of an assert", """
     calls = []
-    def count():
+    def visit():
         calls.append(1)
         return len(calls)
-    """, check("count", "assert candidate() == 1\nassert candidate() == 2"))
+    """, check("visit", "assert candidate() == 1\nassert candidate() == 2"))
 honest("an argument changed in place", """
     def sort(numbers):
         numbers.sort()

@@ -75,7 +75,7 @@ def run_script(*args, processes=0, timeout=240, env=None, check=True):
     """Runs `python args`, or torchrun with so many processes. One thread each, no network."""
     command = [sys.executable, *map(str, args)] if not processes else [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc_per_node={processes}", *map(str, args)]
+        f"--nproc_per_node={processes}", "--", *map(str, args)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
            **(env or {})}
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)

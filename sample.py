@@ -1,0 +1,999 @@
+"""Generation: chat, teacher samples and evaluation runs, with a static cache and continuous
+batching.
+
+    python sample.py --model DIR                                          # chat in the terminal
+    python sample.py --model DIR --prompt "What is 2+2?"                  # one answer
+    python sample.py --model DIR --problems gsm8k.jsonl --n 4 --out samples.jsonl
+    torchrun --nproc_per_node=8 sample.py --model DIR --problems ...      # the problems shared out
+
+Each sample has a random stream of its own, named by seed, problem and number: it does not depend on
+the batch, the order, the number of processes, or on what a killed run had finished (exactly so in
+fp32; in bf16 for one number of slots).
+"""
+import argparse
+import concurrent.futures
+import hashlib
+import http.client
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+from model import KeyValueCache, Qwen2, Qwen2Config, open_safetensors, weight_files
+
+SLOTS = {"cpu": 16, "cuda": 64}     # rows of a batch, where memory has room for so many
+INTERVAL = {"cpu": 1, "cuda": 16}   # steps between looks at the tokens: on CUDA each look waits
+LENGTH_STEP = 256                   # the cache is read up to a multiple of this
+
+
+# ----------------------------------------------------------------------------------------- sampling
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from its distribution. temperature 0 is the most likely one;
+    top_k 0 and top_p 1 leave nothing out; num_ids: ids from there on are not the tokenizer's."""
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    num_ids: int | None = None
+
+
+def stream_key(seed, stream):
+    """The 64-bit name of a random stream."""
+    digest = hashlib.blake2b(f"{seed}\0{stream}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def uniform(keys, counts):
+    """The counts-th numbers of streams: keys, counts (B,) int64 -> (B,) float64 in [0, 1).
+    SplitMix64 (Steele et al., OOPSLA 2014): integers only, so the same on every device."""
+    def shifted(z, bits):  # logical: int64 shifts copy the sign
+        return (z >> bits) & ((1 << (64 - bits)) - 1)
+    z = keys + (counts + 1) * -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
+    z = (z ^ shifted(z, 30)) * -0x40A7B892E31B1A47
+    z = (z ^ shifted(z, 27)) * -0x6B2FB644ECCEEE15
+    return shifted(z ^ shifted(z, 31), 11).double() * 2.0 ** -53
+
+
+def choose(logits, sampling, keys, counts, seen=None):
+    """A token for each row: logits (B, V), keys and counts (B,) of the rows' streams, seen (B, V)
+    bool for a repetition penalty -> (B,). Each row depends on itself alone."""
+    logits = logits.float()
+    if sampling.num_ids is not None and sampling.num_ids < logits.shape[-1]:
+        logits[:, sampling.num_ids:] = -torch.inf
+    if sampling.repetition_penalty != 1.0:  # arXiv 1909.05858, as transformers has it
+        penalised = torch.where(logits > 0, logits / sampling.repetition_penalty,
+                                logits * sampling.repetition_penalty)
+        logits = torch.where(seen, penalised, logits)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / sampling.temperature
+    index = None
+    if sampling.top_k:
+        logits, index = logits.topk(min(sampling.top_k, logits.shape[-1]))
+    probabilities = logits.double().softmax(-1)
+    if sampling.top_p < 1:
+        probabilities, order = descending(probabilities, sampling.top_p)
+        index = order if index is None else index.gather(-1, order)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities * (before < sampling.top_p)
+    total = probabilities.cumsum(-1)  # (B, K)
+    target = uniform(keys, counts)[:, None] * total[:, -1:]
+    pick = torch.searchsorted(total, target, right=True).clamp(max=total.shape[-1] - 1)
+    return (pick if index is None else index.gather(-1, pick))[:, 0]
+
+
+def descending(probabilities, mass):
+    """The most likely tokens first, as many as it takes for `mass`. On a CPU the first thousand
+    are tried before the whole vocabulary is sorted; on CUDA the question would cost a wait."""
+    if probabilities.device.type == "cpu" and probabilities.shape[-1] > 1024:
+        top, index = probabilities.topk(1024)
+        if (top.sum(-1) >= mass).all():
+            return top, index
+    return probabilities.sort(descending=True, stable=True)
+
+
+# ------------------------------------------------------------------------------------------- engine
+
+@dataclass
+class Request:
+    """A prompt (token ids) and the name of its random stream. `forced`, a function of the tokens so
+    far, may return tokens to take instead of the next one."""
+    prompt: list
+    stream: object
+    max_new_tokens: int
+    tag: object = None
+    forced: object = None
+    tokens: list = field(default_factory=list)
+    queue: deque = field(default_factory=deque)
+
+
+class Engine:
+    """Continuous batching over a static cache: prompts are read one at a time into free slots, all
+    occupied slots step together, a finished one is refilled at once.
+
+    In fp32 on a CPU finished rows are dropped from the batch; otherwise its shape is constant,
+    as bf16 products of another shape may round otherwise (and CUDA graphs want it so).
+    """
+
+    def __init__(self, model, num_slots, length, sampling, stop_ids=(), finished=None):
+        parameter = next(model.parameters())
+        self.model, self.sampling, self.stop_ids = model, sampling, frozenset(stop_ids)
+        self.finished = finished or (lambda request: False)
+        self.device, self.length = parameter.device, length
+        self.interval = INTERVAL[self.device.type]
+        self.compact = self.device.type == "cpu" and parameter.dtype == torch.float32
+        self.cache = KeyValueCache(model.config, num_slots, length + self.interval,
+                                   parameter.dtype, self.device,
+                                   getattr(model, "num_key_value_heads", None))
+        self.rows = [None] * num_slots       # the requests
+        self.prompts = [None] * num_slots    # what a slot's cache begins with, and its logits
+        self.input_ids, self.positions, self.keys, self.counts, self.live = (
+            torch.zeros(num_slots, dtype=torch.long, device=self.device) for _ in range(5))
+        self.positions += length + self.interval - 1
+        self.seen = torch.zeros(num_slots, model.config.vocab_size, dtype=torch.bool,
+                                device=self.device) if sampling.repetition_penalty != 1 else None
+        self.graphs = {}
+        self.num_steps = self.num_tokens = 0
+
+    @torch.inference_mode()
+    def run(self, requests):
+        """Yields (request, finish reason) as they finish: "stop", or "length". The stop token is
+        not among request.tokens."""
+        requests = iter(requests)
+        while True:
+            for slot, row in enumerate(self.rows):
+                while self.rows[slot] is None and (request := next(requests, None)) is not None:
+                    yield from self.admit(request, slot)
+            active = [slot for slot, row in enumerate(self.rows) if row is not None]
+            if not active:
+                return
+            for tokens in self.steps(active):
+                for slot, token in zip(active, tokens, strict=True):
+                    if self.rows[slot] is not None:
+                        yield from self.take(slot, token)
+            if self.compact:
+                self.close_gaps()
+
+    def admit(self, request, slot):
+        """Reads a prompt into a slot, or copies it from a slot that begins with it, and chooses its
+        first token."""
+        T = len(request.prompt)
+        prompt = tuple(request.prompt)
+        source = next((i for i, known in enumerate(self.prompts) if known and known[0] == prompt),
+                      None)
+        if source is None:
+            ids = torch.tensor(request.prompt, device=self.device)
+            logits = self.cache.prefill(self.model, ids, slot)
+        else:
+            logits = self.prompts[source][1]
+            if source != slot:
+                self.cache.copy(source, slot, T)
+        self.prompts[slot], self.rows[slot] = (prompt, logits), request
+        self.keys[slot] = stream_key(self.sampling.seed, request.stream)
+        self.counts[slot], self.positions[slot], self.live[slot] = 0, T, 1
+        row = slice(slot, slot + 1)
+        if self.seen is not None:
+            self.seen[slot] = False
+            self.seen[slot, torch.tensor(request.prompt, device=self.device)] = True
+        token = choose(logits[None].clone(), self.sampling, self.keys[row], self.counts[row],
+                       None if self.seen is None else self.seen[row])
+        self.input_ids[slot] = token[0]
+        self.counts[slot] += 1
+        yield from self.take(slot, int(token))
+
+    def take(self, slot, token):
+        """Gives a row its next token; yields the row if that was its last."""
+        request = self.rows[slot]
+        if request.forced and not request.queue:
+            request.queue.extend(request.forced(request.tokens, token, self.stop_ids) or ())
+        if request.queue:
+            token = request.queue.popleft()
+            self.input_ids[slot] = token
+        reason = "stop" if token in self.stop_ids else None
+        if reason is None:
+            request.tokens.append(token)
+            self.num_tokens += 1
+            if self.seen is not None:
+                self.seen[slot, token] = True
+            if self.finished(request):
+                reason = "stop"
+            elif len(request.tokens) >= request.max_new_tokens:
+                reason = "length"
+        if reason:
+            self.rows[slot] = None
+            if not self.compact:  # the row steps on in the cache's last cell, which no row reads
+                self.live[slot], self.positions[slot] = 0, self.cache.k.shape[3] - 1
+            yield request, reason
+
+    def steps(self, active):
+        """The tokens that the active rows chose in each of the next steps. Looks are rare on CUDA,
+        where each one waits for the device; forced tokens and penalties need one every time."""
+        often = self.seen is not None or any(self.rows[slot].forced for slot in active)
+        n = 1 if often else self.interval
+        B = max(active) + 1 if self.compact else len(self.rows)
+        longest = max(len(self.rows[slot].prompt) + len(self.rows[slot].tokens) for slot in active)
+        length = min(-(-(longest + n) // LENGTH_STEP) * LENGTH_STEP, self.cache.k.shape[3])
+        step = self.captured(B, length) if self.device.type == "cuda" else self.step
+        history = []
+        for _ in range(n):
+            step(B, length)
+            history.append(self.input_ids[:B].clone())
+        self.num_steps += n
+        chosen = torch.stack(history)[:, active].tolist()
+        return chosen
+
+    def step(self, B, length):
+        """One token for each of the first B slots, from and into the engine's tensors."""
+        logits = self.cache.decode(self.model, self.input_ids[:B], self.positions[:B], length)
+        token = choose(logits, self.sampling, self.keys[:B], self.counts[:B],
+                       None if self.seen is None else self.seen[:B])
+        self.input_ids[:B] = token
+        self.positions[:B] += self.live[:B]
+        self.counts[:B] += 1
+
+    def captured(self, B, length):
+        """The step as a CUDA graph: one launch a token. Its shapes are B and length, its tensors
+        the engine's."""
+        if (B, length) not in self.graphs:
+            state = [t.clone() for t in (self.input_ids, self.positions, self.counts)]
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # warm-up: kernels are chosen, workspaces allocated
+                    self.step(B, length)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.step(B, length)
+            for tensor, before in zip((self.input_ids, self.positions, self.counts), state,
+                                      strict=True):
+                tensor.copy_(before)
+            self.graphs[B, length] = graph
+        graph = self.graphs[B, length]
+        return lambda B, length: graph.replay()
+
+    def close_gaps(self):
+        """Moves the last rows into the slots of finished ones, so that the batch is the first
+        rows."""
+        occupied = [slot for slot, row in enumerate(self.rows) if row is not None]
+        for target in range(len(occupied)):
+            if self.rows[target] is None:
+                source = occupied.pop()
+                self.cache.copy(source, target, int(self.positions[source]))
+                for tensor in (self.input_ids, self.positions, self.keys, self.counts, self.live):
+                    tensor[target] = tensor[source]
+                if self.seen is not None:
+                    self.seen[target] = self.seen[source]
+                self.rows[target], self.rows[source] = self.rows[source], None
+                self.prompts[target] = self.prompts[source]
+
+
+def plan_slots(model, length, max_batch_tokens=None, most=None):
+    """How many rows of `length` tokens the cache may have, from the memory that the device has
+    free. Raises ValueError that says how much is missing."""
+    config, parameter = model.config, next(model.parameters())
+    heads = getattr(model, "num_key_value_heads", config.num_key_value_heads)
+    token_bytes = (2 * config.num_hidden_layers * heads * config.head_dim
+                   * parameter.element_size())
+    most = most or SLOTS[parameter.device.type]
+    if max_batch_tokens is None:
+        if parameter.device.type == "cuda":
+            free = torch.cuda.mem_get_info(parameter.device)[0] * 0.9
+        else:
+            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") * 0.5
+        work = 4 * most * config.vocab_size * 8 + 16 * length * config.intermediate_size
+        max_batch_tokens = int((free - work) // token_bytes)
+    if max_batch_tokens < length:
+        raise ValueError(
+            f"one answer of {length:,} tokens wants {length * token_bytes / 2**30:.1f} GiB of key/"
+            f"value cache, there is room for {max(0, max_batch_tokens):,} tokens: lower "
+            "--max_new_tokens, raise --max_batch_tokens, or spread the model with "
+            "--tensor_parallel")
+    return min(most, max_batch_tokens // length)
+
+
+def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, seed=0,
+             stop_ids=(), streams=None, num_slots=None):
+    """The new tokens of each prompt (lists of ids), in order, without the stop token. `streams`
+    names each prompt's random stream (its index by default): equal names, prompts and seeds give
+    equal samples, whatever else is in the batch."""
+    streams = range(len(prompts)) if streams is None else streams
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {i} has no token")
+        if len(prompt) + max_new_tokens > model.config.max_position_embeddings:
+            raise ValueError(f"prompt {i} has {len(prompt):,} tokens: with {max_new_tokens:,} new "
+                             f"ones that is more than the model's "
+                             f"{model.config.max_position_embeddings:,} positions")
+    if not prompts or max_new_tokens < 1:
+        return [[] for _ in prompts]
+    length = max(map(len, prompts)) + max_new_tokens
+    num_slots = num_slots or min(plan_slots(model, length), len(prompts))
+    sampling = Sampling(temperature, top_p, top_k, seed=seed)
+    engine = Engine(model, num_slots, length, sampling, stop_ids)
+    answers = [None] * len(prompts)
+    requests = (Request(list(prompt), stream, max_new_tokens, tag=i)
+                for i, (prompt, stream) in enumerate(zip(prompts, streams, strict=True)))
+    for request, _ in engine.run(requests):
+        answers[request.tag] = request.tokens
+    return answers
+
+
+# ------------------------------------------------------------------------------ splitting the model
+
+class Reduced(torch.nn.Module):
+    """A row-parallel linear layer: this rank's share of the inputs, summed over the ranks."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(self, x):
+        y = torch.nn.functional.linear(x, self.weight)
+        dist.all_reduce(y)
+        return y
+
+
+def load_split(model_dir, dtype, device, rank, world_size):
+    """The model of which each rank holds 1 / world_size of every head and MLP (arXiv 1909.08053):
+    it reads only its slices. Embedding and head are whole on each."""
+    config = Qwen2Config.from_pretrained(model_dir)
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(config, name) % world_size:
+            raise ValueError(f"--tensor_parallel {world_size} does not divide {name} "
+                             f"{getattr(config, name)}")
+    with torch.device("meta"):
+        model = Qwen2(config).to(dtype)
+    files = weight_files(model_dir)
+    for name, parameter in list(model.named_parameters()):
+        axis = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0 if re.search(
+            r"(q|k|v|gate|up)_proj\.", name) else None
+        with open_safetensors(files[name]) as file:
+            source = file.get_slice(name)
+            index = [slice(None)] * parameter.ndim
+            if axis is not None:
+                part = parameter.shape[axis] // world_size
+                index[axis] = slice(rank * part, (rank + 1) * part)
+            value = source[tuple(index)].to(device, dtype)
+        module = model.get_submodule(name.rpartition(".")[0])
+        setattr(module, name.rpartition(".")[2], torch.nn.Parameter(value, requires_grad=False))
+    for block in model.model.layers:
+        block.self_attn.o_proj = Reduced(block.self_attn.o_proj)
+        block.mlp.down_proj = Reduced(block.mlp.down_proj)
+    model.num_key_value_heads = config.num_key_value_heads // world_size
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------- the sample file
+
+class SampleFile:
+    """Samples by (source, id, sample), written as they finish and sorted when all are there.
+
+    The settings lie beside it: a file of other settings is refused. A line that a kill has torn is
+    cut off. Other processes write parts, which the next start or the end merges.
+    """
+
+    def __init__(self, path, settings, rank, barrier):
+        self.path, self.rank, self.barrier = Path(path), rank, barrier
+        if rank == 0:
+            self.check(settings)
+            self.merge(None)
+        barrier()
+        self.done = {sample_key(row) for row in self.read(self.path)}
+        own = self.path if rank == 0 else Path(f"{self.path}.part{rank}")
+        barrier()
+        self.file = open(own, "a", encoding="utf-8")
+
+    def check(self, settings):
+        beside = Path(f"{self.path}.settings.json")
+        before = json.loads(beside.read_text()) if beside.is_file() else None
+        if self.path.is_file() and self.path.stat().st_size and before != settings:
+            changed = [name for name in settings if (before or {}).get(name) != settings[name]]
+            raise ValueError(f"{self.path} holds samples of other settings ({', '.join(changed)}): "
+                             "name another --out, or delete it")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+        write_aside(beside, json.dumps(settings, indent=1) + "\n")
+
+    @staticmethod
+    def read(path):
+        """The whole rows of a file; a torn last line is cut off."""
+        end = 0
+        with open(path, "rb+") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                end += len(line)
+                yield json.loads(line)
+            file.truncate(end)
+
+    def merge(self, order):
+        """Adds the other processes' parts; with the order of all samples, sorts by it."""
+        parts = sorted(self.path.parent.glob(f"{self.path.name}.part*"))
+        if not parts and order is None:
+            return
+        rows = {sample_key(row): row for path in (self.path, *parts) for row in self.read(path)}
+        keys = rows if order is None else [key for key in order if key in rows]
+        write_aside(self.path, "".join(json.dumps(rows[key], ensure_ascii=False) + "\n"
+                                       for key in keys))
+        for part in parts:
+            part.unlink()
+
+    def add(self, row):
+        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def close(self, order):
+        self.file.close()
+        self.barrier()
+        if self.rank == 0:
+            self.merge(order)
+
+
+def sample_key(row):
+    return row["source"], row["id"], row.get("sample", 0)
+
+
+def write_aside(path, text):
+    aside = Path(f"{path}.new")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+# ------------------------------------------------------------------------------------- who answers
+
+@dataclass
+class Job:
+    """A conversation to be answered, the row that it is for, and the name of its random stream."""
+    messages: list
+    row: dict
+    stream: object
+
+
+class Local:
+    """Answers by a model of this process (or, with --tensor_parallel, of all)."""
+
+    def __init__(self, args, model, tokenizer, stop_ids, store):
+        self.args, self.model, self.tokenizer = args, model, tokenizer
+        self.stop_ids, self.store = stop_ids, store
+
+    def answers(self, jobs, told):
+        """Yields (job, text, finish reason, tokens) as they finish; told(tokens a second)."""
+        args, tokenizer = self.args, self.tokenizer
+        length = max(len(self.prompt(job)) for job in jobs) + args.max_new_tokens
+        slots = plan_slots(self.model, length, args.max_batch_tokens, args.max_slots)
+        engine = Engine(self.model, slots, length, sampling_of(args, tokenizer), self.stop_ids,
+                        stops_on(tokenizer, args.stop))
+        forced = think_limits(args, tokenizer)
+        requests = (Request(self.prompt(job), job.stream, args.max_new_tokens, job, forced)
+                    for job in share(jobs, self.store))
+        start = time.monotonic()
+        for request, reason in engine.run(requests):
+            text = cut(tokenizer.decode(request.tokens), args.stop)
+            told(engine.num_tokens / (time.monotonic() - start))
+            yield request.tag, text, reason, len(request.tokens)
+
+    def prompt(self, job):
+        text = self.tokenizer.render(job.messages, add_generation_prompt=True)
+        prompt = self.tokenizer.encode(text)
+        check_fits(prompt, self.args, self.model.config, f"problem {job.row['id']}")
+        return prompt
+
+
+class Endpoint:
+    """Answers by a server that speaks OpenAI's chat completions: vLLM, SGLang, llama.cpp, OpenAI.
+    The key comes from OPENAI_API_KEY and is shown nowhere."""
+
+    def __init__(self, args):
+        self.args, self.url = args, args.endpoint.rstrip("/") + "/chat/completions"
+        self.headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            self.headers["Authorization"] = f"Bearer {key}"
+
+    def answers(self, jobs, told):
+        """As Local.answers, --concurrency requests at a time."""
+        start, tokens = time.monotonic(), 0
+        jobs, pending = iter(jobs), set()
+        with concurrent.futures.ThreadPoolExecutor(self.args.concurrency) as threads:
+            try:
+                while True:
+                    for job in itertools.islice(jobs, self.args.concurrency - len(pending)):
+                        pending.add(threads.submit(self.answer, job))
+                    if not pending:
+                        return
+                    finished, pending = concurrent.futures.wait(
+                        pending, return_when=concurrent.futures.FIRST_COMPLETED)
+                    for future in finished:
+                        result = future.result()
+                        tokens += result[3] or 0
+                        told(tokens / (time.monotonic() - start))
+                        yield result
+            finally:
+                threads.shutdown(cancel_futures=True)
+
+    def answer(self, job):
+        args = self.args
+        body = {"model": args.endpoint_model, "messages": job.messages, "top_p": args.top_p,
+                "temperature": args.temperature, "max_tokens": args.max_new_tokens,
+                "seed": stream_key(args.seed, job.stream) & 0x7FFFFFFF}
+        if args.stop:
+            body["stop"] = args.stop
+        reply = self.post(body)
+        try:
+            choice = reply["choices"][0]
+            text, reason = choice["message"]["content"], choice.get("finish_reason")
+            tokens = (reply.get("usage") or {}).get("completion_tokens")
+            if not isinstance(text, str):
+                raise TypeError
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise ValueError(f"{self.url} answers in no form of chat completions: "
+                             f"{json.dumps(reply)[:200]}") from None
+        return job, text, "length" if reason == "length" else "stop", tokens
+
+    def post(self, body):
+        """The server's JSON; a busy, failing or silent one is asked again, at growing
+        intervals."""
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)
+        for wait in (*RETRY_SECONDS, None):
+            try:
+                with urllib.request.urlopen(request, timeout=self.args.timeout) as reply:
+                    return json.loads(reply.read())
+            except urllib.error.HTTPError as error:
+                problem = f"status {error.code} {error.read(300).decode('utf-8', 'replace')}"
+                if error.code != 429 and error.code < 500:
+                    hint = ": is OPENAI_API_KEY right?" if error.code in (401, 403) else ""
+                    raise ValueError(f"{self.url}: {problem}{hint}") from None
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                problem = str(getattr(error, "reason", error)) or type(error).__name__
+            if wait is None:
+                raise ValueError(f"{self.url} failed {len(RETRY_SECONDS) + 1} times: {problem}; "
+                                 "what was finished is kept, the same command goes on")
+            time.sleep(wait * random.uniform(0.5, 1.5))
+
+
+RETRY_SECONDS = (1, 2, 4, 8, 16)
+
+
+# ----------------------------------------------------------------------------------- what is asked
+
+TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
+        "<|end_of_solution|>")
+STRUCTURE_PROMPT = f"""Below is someone's answer to a problem, in which thinking and solution are \
+mixed. Write it out again in two marked parts.
+
+First the thought: everything the answer tries, computes, doubts and checks, in its own words and \
+in its order, with steps separated by blank lines. Leave nothing out and correct nothing. Then the \
+solution: the steps that lead to the answer's result, brief and clean, and the result as the \
+answer gives it (in \\boxed{{}}, or as one Python code block).
+
+Use exactly this form and write nothing outside of it:
+
+{TAGS[0]}
+
+(thought)
+
+{TAGS[1]}
+
+{TAGS[2]}
+
+(solution)
+
+{TAGS[3]}
+
+The answer:
+
+"""
+DIFFICULTY_PROMPT = """Grade how hard the following problem is for a good student of mathematics \
+or programming, from 1 (one obvious step) to 10 (the last problem of an olympiad). Do \
+not solve it. Reply with the number alone.
+
+The problem:
+
+"""
+
+
+def messages_of(problem, system):
+    """The conversation that asks a problem: the recipe's prompts; system is a name, a text or
+    none."""
+    system = None if system == "none" else data.SYSTEM_PROMPTS.get(system, system)
+    turns = [{"role": "system", "content": system}] if system else []
+    return [*turns, {"role": "user", "content": data.recipe_prompt(problem)}]
+
+
+def share(items, store):
+    """This process's items: whoever is free takes the next, so that none waits for long answers.
+    Without a store all of them: there is one process, or all work on each answer together."""
+    if store is None:
+        yield from items
+        return
+    while (i := store.add("next", 1) - 1) < len(items):
+        yield items[i]
+
+
+def sampling_jobs(problems, args):
+    """Those of one problem follow each other, so that its prompt is read once."""
+    for problem in problems:
+        bare = {key: value for key, value in problem.items() if key not in RESULT_FIELDS}
+        for number in range(args.n):
+            yield Job(messages_of(problem, args.system), bare | {"sample": number},
+                      (problem["source"], problem["id"], number))
+
+
+def rewriting_jobs(samples):
+    for row in samples:
+        yield Job([{"role": "user", "content": STRUCTURE_PROMPT + row["response"]}],
+                  {key: value for key, value in row.items() if key not in VERDICT_FIELDS},
+                  sample_key(row))
+
+
+def difficulty_jobs(problems):
+    for problem in problems:
+        yield Job([{"role": "user", "content": DIFFICULTY_PROMPT + problem["prompt"]}],
+                  problem | {"sample": 0}, (problem["source"], problem["id"]))
+
+
+def sampled(job, text, reason, tokens, name):
+    return job.row | {"response": text, "finish_reason": reason, "num_tokens": tokens,
+                      "model": name}
+
+
+def rewritten(job, text, reason, tokens, name):
+    return job.row | {"response": text.strip(), "original": job.row["response"],
+                      "finish_reason": reason, "num_tokens": tokens, "rewriter": name}
+
+
+def labelled(job, text, reason, tokens, name):
+    grade = re.search(r"\b(10|[1-9])\b", text)
+    return job.row | {"difficulty": int(grade[1]) if grade else None}
+
+
+def by_rule(row):
+    """The four tags without a model: the whole response is the thought, its closing part with the
+    last code block or the final answer the solution."""
+    response = row["response"].strip()
+    for tag in TAGS:
+        response = response.replace(tag, "").strip()
+    blocks = list(re.finditer(r"^```.*?^```[ \t]*$", response, re.M | re.S))
+    if row.get("kind") == "code" and blocks:
+        solution = blocks[-1][0]
+    else:
+        paragraphs = [part for part in re.split(r"\n\s*\n", response) if part.strip()] or [""]
+        mark = r"\\boxed|####|answer\s*(?:is|:)"
+        last = max((i for i, part in enumerate(paragraphs) if re.search(mark, part, re.I)),
+                   default=len(paragraphs) - 1)
+        solution = "\n\n".join(paragraphs[last:])
+    return "\n\n".join([TAGS[0], response, TAGS[1], TAGS[2], solution, TAGS[3]])
+
+
+def run_jobs(args, answerer, jobs, finish, settings, rank, barrier, writes=True):
+    """Answers what is not answered yet, and writes each row as it is there."""
+    jobs = list(jobs)
+    out = SampleFile(args.out, settings, rank, barrier)
+    left = [job for job in jobs if sample_key(job.row) not in out.done]
+    if rank == 0 and len(left) < len(jobs):
+        print(f"{args.out}: {len(jobs) - len(left):,} of {len(jobs):,} are there already",
+              file=sys.stderr)
+    truncated = 0
+    with tqdm(total=len(left), unit=" answers", disable=rank > 0 or None) as progress:
+        def told(rate):
+            progress.set_postfix_str(f"{rate:.0f} tokens/s, {truncated} truncated", refresh=False)
+        for job, text, reason, tokens in answerer.answers(left, told) if left else ():
+            truncated += reason == "length"
+            if writes:
+                out.add(finish(job, text, reason, tokens, args.endpoint_model or args.model))
+            progress.update()
+    out.close([sample_key(job.row) for job in jobs])
+    if rank == 0:
+        print(f"{args.out}: {len(jobs):,} rows")
+
+
+VERDICT_FIELDS = ("passed", "extracted", "reason")
+RESULT_FIELDS = ("sample", "response", "finish_reason", "num_tokens", "model", "original",
+                 *VERDICT_FIELDS)
+
+
+def check_fits(prompt, args, config, what):
+    most = config.max_position_embeddings
+    if len(prompt) + args.max_new_tokens > most:
+        raise ValueError(f"{what} has {len(prompt):,} tokens: with --max_new_tokens "
+                         f"{args.max_new_tokens:,} that is more than the model's {most:,} "
+                         "positions")
+
+
+def sampling_of(args, tokenizer):
+    return Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed,
+                    tokenizer.vocab_size)
+
+
+def stops_on(tokenizer, texts):
+    """Whether a request's newest tokens hold one of the texts."""
+    if not texts:
+        return None
+    width = 2 + max(len(text.encode()) for text in texts)  # a token is a byte at least
+
+    def finished(request):
+        tail = tokenizer.decode(request.tokens[-width:])
+        return any(text in tail for text in texts)
+    return finished
+
+
+def cut(text, stops):
+    """The text before the first of the stops."""
+    ends = [text.find(stop) for stop in stops if stop in text]
+    return text[:min(ends)] if ends else text
+
+
+def think_limits(args, tokenizer):
+    """Budget forcing (s1, arXiv 2501.19393), as Request.forced: a thought shorter than --min_think
+    tokens does not end but goes on with "Wait"; one of --max_think tokens is ended."""
+    if args.min_think is None and args.max_think is None:
+        return None
+    wait = tokenizer.encode("Wait")
+    end = tokenizer.encode("\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n")
+    close = "<|end_of_thought|>"
+
+    def forced(tokens, token, stop_ids):
+        thinking = close not in tokenizer.decode(tokens)
+        if not thinking:
+            return None
+        ends = token in stop_ids or close in tokenizer.decode([*tokens[-30:], token])
+        if args.min_think is not None and len(tokens) < args.min_think and ends:
+            return wait
+        if args.max_think is not None and len(tokens) == args.max_think:
+            return end
+        return None
+    return forced
+
+
+def answer(engine, tokenizer, messages, args, stops=()):
+    """Yields the text of one answer as it grows; Ctrl-C ends it."""
+    prompt = tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
+    check_fits(prompt, args, engine.model.config, "the conversation")
+    request = Request(prompt, len(messages), args.max_new_tokens)
+    shown = ""
+    stopped = False
+
+    def interrupt(number, frame):
+        nonlocal stopped
+        stopped = True
+    before = signal.signal(signal.SIGINT, interrupt)
+    written = engine.finished
+    try:
+        def grown(request):
+            nonlocal shown
+            text = cut(tokenizer.decode(request.tokens), args.stop)
+            if not text.endswith("\ufffd"):  # half a character
+                print(text[len(shown):], end="", flush=True)
+                shown = text
+            return stopped or written(request)
+        engine.finished = grown
+        for _ in engine.run([request]):
+            pass
+    finally:
+        engine.finished = written
+        signal.signal(signal.SIGINT, before)
+    print()
+    return shown
+
+
+def chat(args, model, tokenizer, stop_ids):
+    """A conversation in the terminal: /reset, /system TEXT, /quit; Ctrl-C stops an answer."""
+    length = model.config.max_position_embeddings
+    plan_slots(model, length, args.max_batch_tokens, 1)
+    engine = Engine(model, 1, length, sampling_of(args, tokenizer), stop_ids,
+                    stops_on(tokenizer, args.stop))
+    system = None if args.system == "none" else data.SYSTEM_PROMPTS.get(args.system, args.system)
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    if args.prompt is not None:
+        answer(engine, tokenizer, [*messages, {"role": "user", "content": args.prompt}], args)
+        return
+    print("/reset starts again, /system TEXT sets the system prompt, /quit ends; Ctrl-C stops an "
+          "answer")
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text == "/quit":
+            return
+        if text == "/reset" or text.startswith("/system"):
+            if text != "/reset":
+                start = [{"role": "system", "content": text[len("/system"):].strip()}]
+            messages = list(start)
+        elif text:
+            messages.append({"role": "user", "content": text})
+            try:
+                reply = answer(engine, tokenizer, messages, args)
+            except ValueError as error:
+                print(f"{error}; /reset starts again", file=sys.stderr)
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": reply})
+
+
+def load(args, rank, device):
+    """Model, tokenizer and the ids that end an answer: the tokenizer's end of turn and those of
+    generation_config.json."""
+    folder = data.find_model(args.model)
+    tokenizer = data.load_tokenizer(folder)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
+    if args.tensor_parallel > 1:
+        model = load_split(folder, dtype, device, rank, args.tensor_parallel)
+    else:
+        model = Qwen2.from_pretrained(folder, dtype=dtype, device=device).eval()
+    path = Path(folder) / "generation_config.json"
+    ends = json.loads(path.read_text()).get("eos_token_id", []) if path.is_file() else []
+    stop_ids = {*(ends if isinstance(ends, list) else [ends]),
+                tokenizer.token_id(tokenizer.end_token)}
+    return model, tokenizer, stop_ids
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(name, help, **options):
+        parser.add_argument(name, help=help, **options)
+    add("--model", "folder, or name on the hub")
+    add("--endpoint", "instead of --model: URL of a server of OpenAI's kind, such as "
+                      "http://localhost:8000/v1; key in OPENAI_API_KEY")
+    add("--endpoint_model", "the model's name there")
+    add("--concurrency", "requests at a time (32)", type=int, default=32)
+    add("--timeout", "seconds for one of them (600)", type=float, default=600)
+    add("--rewrite", "samples to split into thought and solution")
+    add("--rewriter", "model, or rule: without a model (model)", default="model",
+        choices=("model", "rule"))
+    add("--label_difficulty", "grade the --problems from 1 to 10 instead of answering them",
+        action="store_true")
+    add("--min_difficulty", "only problems of this grade or above", type=int)
+    add("--max_difficulty", "only problems of this grade or below", type=int)
+    add("--problems", "files, data sets or builtin:heldout: sample answers to them", nargs="+")
+    add("--out", "the samples, a JSON object a line (samples.jsonl); goes on where it stopped",
+        default="samples.jsonl")
+    add("--n", "samples of each problem (1)", type=int, default=1)
+    add("--limit", "only so many problems, the first", type=int)
+    add("--prompt", "answer this once, and end")
+    add("--system", "skyt1, qwq, none, or a text (skyt1 for problems, none for a chat)")
+    add("--temperature", "0 takes the most likely token (0.7)", type=float, default=0.7)
+    add("--top_p", "of the most likely tokens as many as have this mass (1)", type=float,
+        default=1.0)
+    add("--top_k", "of so many of the most likely tokens (0: all)", type=int, default=0)
+    add("--repetition_penalty", "makes tokens that were there less likely (1)", type=float,
+        default=1.0)
+    add("--seed", "of the random streams (0)", type=int, default=0)
+    add("--max_new_tokens", "longest answer (16384, or what the model's positions leave)",
+        type=int)
+    add("--stop", "texts that end an answer", nargs="*", default=[])
+    add("--min_think", "a thought of fewer tokens goes on with Wait", type=int)
+    add("--max_think", "a thought of so many tokens is ended", type=int)
+    add("--max_batch_tokens", "tokens of the key/value cache (what memory allows)", type=int)
+    add("--max_slots", "answers at a time (16 on a CPU, 64 on CUDA)", type=int)
+    add("--dtype", "float32 or bfloat16 (bfloat16 on CUDA, float32 on a CPU)",
+        choices=("float32", "bfloat16"))
+    add("--tensor_parallel", "ranks that share one model (1)", type=int, default=1)
+    args = parser.parse_args()
+    for name in ("n", "limit", "max_new_tokens", "max_batch_tokens", "max_slots",
+                 "tensor_parallel", "min_think", "max_think", "concurrency", "timeout"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be above 0")
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0:
+        raise ValueError("--temperature must be 0 or more, --top_p above 0 and at most 1, --top_k "
+                         "0 or more")
+    if args.repetition_penalty <= 0:
+        raise ValueError("--repetition_penalty must be above 0")
+    return args
+
+
+def read_samples(path):
+    """The rows to rewrite; ValueError that names file and line for what is none."""
+    for row, line in data.read_rows(Path(path)):
+        missing = [name for name in ("source", "id", "response") if name not in row]
+        if missing or not isinstance(row["response"], str):
+            raise ValueError(f"{path}:{line}: a sample needs `{(missing or ['response'])[0]}`")
+        yield row
+
+
+def chosen_problems(args):
+    """--problems within --limit and the difficulties asked for."""
+    problems = list(data.read_problems(args.problems))
+    if args.min_difficulty is not None or args.max_difficulty is not None:
+        low, high = args.min_difficulty or 0, args.max_difficulty or 10
+        for problem in problems:
+            if not isinstance(problem.get("difficulty"), int):
+                raise ValueError(f"problem {problem['id']} has no `difficulty` from 1 to 10: run "
+                                 "--label_difficulty first")
+        problems = [problem for problem in problems if low <= problem["difficulty"] <= high]
+    return problems[:args.limit]
+
+
+def start_processes(args):
+    """(rank, number of processes, device, store) of this process under torchrun, or alone."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    if args.tensor_parallel not in (1, world_size):
+        raise ValueError(f"--tensor_parallel {args.tensor_parallel} wants as many processes: "
+                         f"torchrun --nproc_per_node={args.tensor_parallel}")
+    if world_size == 1:
+        return rank, world_size, device, None
+    if cuda:
+        torch.cuda.set_device(device)
+    store, _, _ = next(dist.rendezvous("env://"))
+    dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store),
+                            rank=rank, world_size=world_size)
+    return rank, world_size, device, store
+
+
+def main():
+    args = parse_arguments()
+    by_rule_alone = args.rewrite and args.rewriter == "rule"
+    if not by_rule_alone and bool(args.model) == bool(args.endpoint):
+        raise ValueError("name either --model or --endpoint")
+    if args.endpoint and not args.endpoint_model:
+        raise ValueError("--endpoint wants --endpoint_model, the model's name there")
+    rank, world_size, device, store = start_processes(args)
+    barrier = dist.barrier if world_size > 1 else lambda: None
+    args.dtype = args.dtype or ("bfloat16" if device != "cpu" else "float32")
+    args.system = args.system or ("skyt1" if args.problems else "none")
+    asks = args.problems or args.rewrite
+    if by_rule_alone:
+        rows = [row | {"response": by_rule(row), "original": row["response"], "rewriter": "rule"}
+                for row in read_samples(args.rewrite)]
+        write_aside(args.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        print(f"{args.out}: {len(rows):,} rows")
+        return
+    if args.endpoint:
+        if not asks:
+            raise ValueError("--endpoint wants --problems or --rewrite")
+        args.max_new_tokens = args.max_new_tokens or 16384
+        answerer = Endpoint(args)
+    else:
+        config = Qwen2Config.from_pretrained(data.find_model(args.model, weights=False))
+        args.max_new_tokens = args.max_new_tokens or min(16384,
+                                                         config.max_position_embeddings * 3 // 4)
+        model, tokenizer, stop_ids = load(args, rank, device)
+        if not asks:
+            chat(args, model, tokenizer, stop_ids)
+            return
+        answerer = Local(args, model, tokenizer, stop_ids,
+                         store if args.tensor_parallel == 1 else None)
+    if args.rewrite:
+        jobs, finish = rewriting_jobs(read_samples(args.rewrite)), rewritten
+    elif args.label_difficulty:
+        jobs, finish = difficulty_jobs(chosen_problems(args)), labelled
+    else:
+        jobs, finish = sampling_jobs(chosen_problems(args), args), sampled
+    settings = {name: getattr(args, name) for name in (
+        "model", "endpoint_model", "temperature", "top_p", "top_k", "repetition_penalty", "seed",
+        "max_new_tokens", "system", "stop", "dtype", "min_think", "max_think", "rewrite",
+        "label_difficulty")}
+    run_jobs(args, answerer, jobs, finish, settings, rank, barrier,
+             writes=rank == 0 or args.tensor_parallel == 1)
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    data.one_line_errors(main)

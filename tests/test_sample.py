@@ -1,0 +1,353 @@
+"""sample.py: the cache and the engine against the plain forward pass, sampling against plain
+definitions, and runs that are killed, resumed and shared out."""
+import http.server
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import sample
+import torch
+import verify
+from conftest import ROOT, run_script, small_model
+from sample import Engine, Request, Sampling, choose, generate, stream_key, uniform
+
+
+def prompts_of(*lengths, vocab_size=263):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def greedy_by_forward(model, prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt):]
+
+
+@pytest.mark.parametrize("shape", [dict(), dict(num_key_value_heads=1),
+                                   dict(num_key_value_heads=4, tie_word_embeddings=True)])
+def test_greedy_tokens_equal_the_full_forward_pass_in_a_mixed_batch(shape):
+    model, prompts = small_model(**shape), prompts_of(3, 40, 1, 17, 300)
+    answers = generate(model, prompts, 12, num_slots=2)
+    assert answers == [greedy_by_forward(model, prompt, 12) for prompt in prompts]
+
+
+def test_cached_logits_equal_full_logits():
+    model, (prompt,) = small_model(), prompts_of(20)
+    cache = sample.KeyValueCache(model.config, 3, 64, torch.float32, "cpu")
+    full = model(torch.tensor([prompt]))[0]
+    with torch.inference_mode():
+        logits = [cache.prefill(model, torch.tensor(prompt[:5]), 1)]
+        cache.copy(1, 0, 5)
+        for i, token in enumerate(prompt[5:], 5):
+            ids = torch.tensor([token, token])
+            logits.append(cache.decode(model, ids, torch.tensor([i, i]), 32)[0])
+    torch.testing.assert_close(torch.stack(logits), full[4:].detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sample_depends_on_its_stream_alone(dtype):
+    model, prompts = small_model().to(dtype), prompts_of(9, 2, 30, 2, 14, 7)
+    options = dict(temperature=1.0, top_p=0.9, top_k=50, seed=5, num_slots=3)
+    answers = generate(model, prompts, 20, **options)
+    order = [4, 2, 0, 5, 1, 3]
+    shuffled = generate(model, [prompts[i] for i in order], 20, streams=order, **options)
+    assert [shuffled[order.index(i)] for i in range(6)] == answers
+    assert generate(model, prompts, 20, **{**options, "seed": 6}) != answers
+    if dtype == torch.float32:
+        for slots in (1, 6):
+            assert generate(model, prompts, 20, **{**options, "num_slots": slots}) == answers
+
+
+def test_equal_prompts_are_read_once_and_differ_by_their_stream():
+    model, (prompt,) = small_model(), prompts_of(25)
+    alone = [generate(model, [prompt], 15, temperature=1.0, streams=[i])[0] for i in range(5)]
+    assert generate(model, [prompt] * 5, 15, temperature=1.0, num_slots=2) == alone
+    assert len(set(map(tuple, alone))) == 5
+    reads = []
+    engine = Engine(model, 2, 40, Sampling(temperature=1.0))
+    prefill, engine.cache.prefill = engine.cache.prefill, lambda *args: (
+        reads.append(args), prefill(*args))[1]
+    list(engine.run(Request(prompt, i, 15) for i in range(5)))
+    assert len(reads) == 1
+
+
+def test_stop_tokens_end_an_answer_and_are_not_in_it():
+    model, prompts = small_model(), prompts_of(6, 11, 8)
+    whole = generate(model, prompts, 10)
+    stop = whole[0][4]
+    answers = generate(model, prompts, 10, stop_ids=[stop], num_slots=2)
+    for answer, long in zip(answers, whole, strict=True):
+        assert answer == (long[:long.index(stop)] if stop in long else long)
+
+
+def test_uniform_numbers_are_uniform_and_independent_of_the_batch():
+    keys = torch.tensor([stream_key(0, i) for i in range(300)])
+    u = torch.stack([uniform(keys, torch.full_like(keys, n)) for n in range(300)])
+    assert 0 <= u.min() and u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.005 and abs(u.var() - 1 / 12) < 0.002
+    assert abs(torch.corrcoef(torch.stack([u[:-1].flatten(), u[1:].flatten()]))[0, 1]) < 0.02
+    assert torch.equal(uniform(keys[7:8], torch.tensor([5])), u[5, 7:8])
+
+
+@pytest.mark.parametrize("options", [dict(), dict(top_k=5), dict(top_p=0.7),
+                                     dict(top_k=8, top_p=0.6), dict(temperature=0.5, top_p=0.9)])
+@pytest.mark.parametrize("size", [40, 3000])
+def test_sampled_frequencies_are_those_of_a_plain_reference(options, size):
+    sampling = Sampling(**{"temperature": 1.0, **options})
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(size)
+    p = (logits.double() / sampling.temperature).softmax(-1).tolist()
+    order = sorted(range(size), key=lambda i: -p[i])[:sampling.top_k or size]
+    total, mass, kept = sum(p[i] for i in order), 0.0, []
+    for i in order:  # the shortest prefix whose mass reaches top_p
+        if mass / total >= sampling.top_p:
+            break
+        kept.append(i)
+        mass += p[i]
+    expected = torch.zeros(size, dtype=torch.double)
+    expected[kept] = torch.tensor([p[i] / mass for i in kept], dtype=torch.double)
+    n = 20_000
+    rows = 2000
+    keys = torch.tensor([stream_key(1, i) for i in range(rows)])
+    drawn = torch.cat([choose(logits.expand(rows, -1), sampling, keys, torch.full_like(keys, i))
+                       for i in range(n // rows)])
+    counts = torch.bincount(drawn, minlength=size).double() / n
+    assert (counts[expected == 0] == 0).all()
+    assert ((counts - expected).abs() < 5 * (expected / n).sqrt() + 1e-3).all()
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_chosen_and_seen_ones_less():
+    logits = torch.tensor([[1.0, 2.0, 9.0]])
+    key = torch.tensor([3])
+    assert choose(logits.clone(), Sampling(num_ids=2), key, key) == 1
+    seen = torch.tensor([[False, False, True]])
+    assert choose(logits.clone(), Sampling(repetition_penalty=9.0), key, key, seen) == 1
+
+
+def test_a_prompt_beyond_the_window_and_an_empty_one_are_refused():
+    model = small_model()
+    with pytest.raises(ValueError, match="512 positions"):
+        generate(model, prompts_of(4, 505), 10)
+    with pytest.raises(ValueError, match="prompt 1 has no token"):
+        generate(model, [[1], []], 10)
+    with pytest.raises(ValueError, match="max_batch_tokens"):
+        sample.plan_slots(model, 400, max_batch_tokens=300)
+
+
+# ---- the script
+
+
+@pytest.fixture
+def problems(tmp_path):
+    path = tmp_path / "toy.jsonl"
+    path.write_text("".join(json.dumps({"id": str(i), "kind": "math", "prompt": "1+" * (i % 7 + 1),
+                                        "answer": str(i)}) + "\n" for i in range(12)))
+    return path
+
+
+def arguments(model_dir, problems, out):
+    return [ROOT / "sample.py", "--model", model_dir, "--problems", problems, "--out", out,
+            "--n", "3", "--max_new_tokens", "24", "--max_slots", "4", "--system", "none"]
+
+
+def test_samples_hold_the_problem_and_what_was_answered(model_dir, problems, tmp_path):
+    out = tmp_path / "samples.jsonl"
+    run_script(*arguments(model_dir, problems, out))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["id"], row["sample"]) for row in rows] == [
+        (str(i), n) for i in range(12) for n in range(3)]
+    for row in rows:
+        assert row["source"] == "toy" and row["kind"] == "math" and row["answer"] == row["id"]
+        assert row["finish_reason"] in ("stop", "length") and row["model"] == str(model_dir)
+        assert (row["num_tokens"] == 24) == (row["finish_reason"] == "length")
+    assert len({row["response"] for row in rows}) > 30
+
+
+def test_a_killed_run_resumes_to_the_same_file_and_other_settings_are_refused(
+        model_dir, problems, tmp_path):
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    run_script(*arguments(model_dir, problems, whole))
+    command = [sys.executable, *map(str, arguments(model_dir, problems, out))]
+    for _ in range(2):
+        before = out.stat().st_size if out.exists() else 0
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while not (out.exists() and out.stat().st_size > before) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+    with open(out, "a") as file:
+        file.write('{"torn')
+    run_script(*arguments(model_dir, problems, out))
+    assert out.read_bytes() == whole.read_bytes()
+    done = run_script(*arguments(model_dir, problems, out), "--seed", "1", check=False)
+    assert done.returncode == 2 and "seed" in done.stderr and done.stderr.count("\n") == 1
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_two_processes_give_the_samples_of_one(model_dir, problems, tmp_path):
+    one, two, split = (tmp_path / f"{name}.jsonl" for name in ("one", "two", "split"))
+    run_script(*arguments(model_dir, problems, one))
+    run_script(*arguments(model_dir, problems, two), processes=2)
+    assert two.read_bytes() == one.read_bytes()
+    run_script(*arguments(model_dir, problems, split), "--tensor_parallel", "2", processes=2)
+    assert split.read_bytes() == one.read_bytes()
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_one_prompt_is_answered_on_standard_output(model_dir):
+    done = run_script(ROOT / "sample.py", "--model", model_dir, "--prompt", "1+1", "--temperature",
+                      "0", "--max_new_tokens", "8")
+    assert done.stdout.endswith("\n") and len(done.stdout) > 1
+
+
+@pytest.mark.parametrize("flags, word", [(["--n", "0"], "--n 0"), (["--top_p", "2"], "--top_p"),
+                                         (["--max_new_tokens", "600"], "512"),
+                                         (["--max_batch_tokens", "9"], "--max_batch_tokens"),
+                                         (["--tensor_parallel", "2"], "torchrun")])
+def test_bad_input_is_one_line(model_dir, problems, tmp_path, flags, word):
+    done = run_script(*arguments(model_dir, problems, tmp_path / "out.jsonl"), *flags, check=False)
+    assert done.returncode == 2 and word in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# ---- a server instead of a model, rewriting, difficulty
+
+
+class FaultyServer(http.server.BaseHTTPRequestHandler):
+    """Chat completions that are dropped, delayed, refused or cut in turn; every third is right."""
+    served, asked, lock = [], 0, threading.Lock()
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.lock:
+            type(self).asked += 1
+            turn = self.asked % 6
+        if body["model"] == "locked":
+            self.reply(401, b'{"error": "no"}')
+        elif turn == 1:
+            self.reply(429, b"slow down")
+        elif turn == 2:
+            self.reply(500, b"oh")
+        elif turn == 4:
+            self.connection.close()
+        elif turn == 5:
+            self.reply(200, b'{"choices": [')
+        else:
+            text = body["messages"][-1]["content"]
+            self.served.append(text)
+            self.reply(200, json.dumps({
+                "choices": [{"message": {"content": f"7 of {len(text)}"},
+                             "finish_reason": "length" if "1+1+1" in text else "stop"}],
+                "usage": {"completion_tokens": 5}}).encode())
+
+    def reply(self, status, content):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(sample, "RETRY_SECONDS", (0.01,) * 30)
+    FaultyServer.served, FaultyServer.asked = [], 0
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FaultyServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server.shutdown()
+
+
+def call(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
+    sample.main()
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_faulty_server_loses_nothing_and_answers_nothing_twice(server, problems, tmp_path,
+                                                                 monkeypatch):
+    out = tmp_path / "out.jsonl"
+    flags = ["--endpoint", server, "--endpoint_model", "m", "--problems", problems, "--n", 2,
+             "--out", out, "--concurrency", 5]
+    call(monkeypatch, *flags)
+    rows = rows_of(out)
+    assert [(row["id"], row["sample"]) for row in rows] == [
+        (str(i), n) for i in range(12) for n in range(2)]
+    assert all(row["response"].startswith("7 of ") and row["num_tokens"] == 5 for row in rows)
+    assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+    assert len(FaultyServer.served) == 24
+    before = out.read_bytes()
+    call(monkeypatch, *flags)
+    assert len(FaultyServer.served) == 24 and out.read_bytes() == before
+
+
+def test_a_wrong_key_and_no_server_are_one_line(server, problems, tmp_path, monkeypatch):
+    flags = ["--problems", problems, "--out", tmp_path / "out.jsonl", "--endpoint_model"]
+    with pytest.raises(ValueError, match="OPENAI_API_KEY"):
+        call(monkeypatch, *flags, "locked", "--endpoint", server)
+    monkeypatch.setattr(sample, "RETRY_SECONDS", (0.01,))
+    with pytest.raises(ValueError, match="failed 2 times"):
+        call(monkeypatch, *flags, "m", "--endpoint", "http://127.0.0.1:9/v1", "--out",
+             tmp_path / "other.jsonl")
+
+
+def test_difficulty_is_labelled_and_problems_are_chosen_by_it(server, problems, tmp_path,
+                                                              monkeypatch):
+    out, answers = tmp_path / "graded.jsonl", tmp_path / "answers.jsonl"
+    endpoint = ["--endpoint", server, "--endpoint_model", "m"]
+    call(monkeypatch, *endpoint, "--problems", problems, "--label_difficulty", "--out", out)
+    assert [row["difficulty"] for row in rows_of(out)] == [7] * 12
+    call(monkeypatch, *endpoint, "--problems", out, "--min_difficulty", 7, "--out", answers)
+    assert len(rows_of(answers)) == 12
+    call(monkeypatch, *endpoint, "--problems", out, "--max_difficulty", 6, "--out",
+         tmp_path / "none.jsonl")
+    assert rows_of(tmp_path / "none.jsonl") == []
+    with pytest.raises(ValueError, match="label_difficulty"):
+        call(monkeypatch, *endpoint, "--problems", problems, "--min_difficulty", 3)
+
+
+@pytest.mark.parametrize("kind, response, answer", [
+    ("math", "We try 3.\n\nNo, 4.\n\nSo the answer is \\boxed{4}.", {"answer": "4"}),
+    ("choice", "A is too small.\n\nThe answer is (B).", {"answer": "B"}),
+    ("code", "Let me see.\n\n```python\nprint(1)\n```\n\nNo:\n\n```python\nprint(2)\n```\nDone.",
+     {"tests": [{"input": "", "output": "2"}]})])
+def test_rewriting_by_rule_keeps_the_thought_and_the_answer(kind, response, answer, tmp_path,
+                                                            monkeypatch):
+    source, out = tmp_path / "samples.jsonl", tmp_path / "rewritten.jsonl"
+    row = {"id": "1", "source": "toy", "sample": 0, "kind": kind, "prompt": "?",
+           "response": response, "finish_reason": "stop", **answer}
+    source.write_text(json.dumps(row) + "\n")
+    call(monkeypatch, "--rewrite", source, "--rewriter", "rule", "--out", out)
+    (new,) = rows_of(out)
+    assert new["original"] == response
+    verdict = verify.verify_sample(new)
+    assert verdict.passed, verdict.reason
+
+
+def test_a_short_thought_goes_on_and_a_long_one_is_ended(model_dir, problems, tmp_path):
+    import data
+    from model import Qwen2
+    tokenizer, model = data.load_tokenizer(model_dir), Qwen2.from_pretrained(model_dir)
+    stop = int(generate(model, [[1, 2, 3]], 1)[0][0])
+
+    class Limits:
+        min_think, max_think = 10, None
+    engine = Engine(model, 1, 200, Sampling(), [stop])
+    request = Request([1, 2, 3], 0, 60, forced=sample.think_limits(Limits, tokenizer))
+    list(engine.run([request]))
+    assert tokenizer.decode(request.tokens).startswith("Wait") and len(request.tokens) >= 10
+    Limits.min_think, Limits.max_think = None, 5
+    request = Request([1, 2, 3], 0, 120, forced=sample.think_limits(Limits, tokenizer))
+    list(Engine(model, 1, 200, Sampling()).run([request]))
+    assert "<|end_of_thought|>" in tokenizer.decode(request.tokens[5:])

@@ -210,9 +210,10 @@ def test_output_is_compared_line_by_line_and_word_by_word(expected, got, same):
 @pytest.mark.parametrize("expected, got, same", [
     ([1, 2], (1, 2), True), (1, True, False), (True, True, True), (1.0, 1, True), (1, 1.0, False),
     (0.1, 0.1 + 1e-12, True), ("1", 1, False), ([[1], []], [(1,), ()], True), (None, 0, False),
-    ({"a": [1]}, {"a": (1,)}, True), ([1, 2], [2, 1], False), (2**70, 2**70 + 1, False)])
+    ({"a": [1]}, {"a": (1,)}, True), ([1, 2], [2, 1], False), ({1, 2}, {2, 1}, True),
+    ({1, 2}, {1, 3}, False), ({"a": 1}, {"a": 1, "b": 2}, False), ({"1": 1}, {1: 1}, False), (2**70, 2**70 + 1, False)])
 def test_returned_values_are_compared_with_their_types(expected, got, same):
-    assert verify.same_result(expected, verify.decode(verify.encode(got))) is same
+    assert verify.same_result(expected, verify.encode(got)) is same
 
 
 def humaneval():

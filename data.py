@@ -31,6 +31,7 @@ import shutil
 import sys
 import tempfile
 import time
+import unicodedata
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -1209,6 +1210,81 @@ def coloured(tokenizer, tokens, mask, limit=400):
         yield f"\033[{32 if mask[span[0]] else 90}m{text}\033[0m"
 
 
+# ---------------------------------------------------------------------------------- decontamination
+
+def normal_words(text):
+    """A text's words without case, marks and LaTeX's backslashes."""
+    return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
+
+
+def word_grams(words, size):
+    return {" ".join(words[i:i + size]) for i in range(len(words) - size + 1)}
+
+
+class Benchmark:
+    """The word n-grams of the problems of an evaluation. A problem of fewer words is one gram of
+    its own length; one of fewer than four is left out, as everything would hold it."""
+
+    def __init__(self, names, size):
+        self.problems_of, self.num_grams = {}, {}
+        for problem in read_problems(names):
+            words = normal_words(problem["prompt"])
+            if len(words) < 4:
+                continue
+            name = f"{problem['source']} {problem['id']}"
+            grams = word_grams(words, min(size, len(words)))
+            self.num_grams[name] = len(grams)
+            for gram in grams:
+                self.problems_of.setdefault(gram, []).append(name)
+        self.sizes = {gram.count(" ") + 1 for gram in self.problems_of}
+
+    def overlap(self, text):
+        """(the largest share of a problem's grams that the text holds, that problem), or (0,
+        None)."""
+        words, found = normal_words(text), Counter()
+        for size in self.sizes:
+            for gram in word_grams(words, size) & self.problems_of.keys():
+                found.update(self.problems_of[gram])
+        return max(((count / self.num_grams[name], name) for name, count in found.items()),
+                   default=(0, None))
+
+
+def decontaminate(names, against, out, size, shown=5):
+    """Copies training rows, or problems, whose questions share no n-gram with the benchmark's, and
+    prints what was dropped, the worst first (the method of open-r1)."""
+    benchmark, counts, worst = Benchmark(against, size), Counter(), []
+    aside = Path(f"{out}.new")
+    with open(aside, "w", encoding="utf-8") as file:
+        for name in names:
+            for path in find_data(name):
+                for row, line in read_rows(path):
+                    try:
+                        share, problem = benchmark.overlap(question_of(row))
+                    except ValueError as error:
+                        raise ValueError(f"{path}:{line}: {error}") from None
+                    counts["rows"] += 1
+                    if problem is None:
+                        counts["kept"] += 1
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                        continue
+                    counts[f"like {problem.split(' ')[0]}"] += 1
+                    worst = sorted([*worst, (share, f"{path}:{line}", problem)], reverse=True)
+                    del worst[shown:]
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, out)
+    print("  ".join(f"{name}: {count:,}" for name, count in counts.items()))
+    for share, where, problem in worst:
+        print(f"{share:6.1%} of the {size}-grams of {problem} are in {where}")
+
+
+def question_of(row):
+    """The text that a row asks: the users' turns of a training row, a problem's prompt."""
+    if isinstance(row.get("conversations"), list) or isinstance(row.get("messages"), list):
+        return "\n".join(turn["content"] for turn in to_messages(row) if turn["role"] == "user")
+    return to_problem(row, "")["prompt"]
+
+
 def one_line_errors(main):
     """Runs a script's main: what a user can get wrong ends in one line on stderr and exit status
     2."""
@@ -1232,9 +1308,16 @@ def one_line_errors(main):
 
 def main():
     """Prints counts, lengths, packing and one row of the data that the flags name."""
-    parser = argparse.ArgumentParser(description="Shows what train.py will see of some data.")
-    parser.add_argument("data", nargs="+", help="files, hub data sets or builtin:...")
-    parser.add_argument("--model", required=True,
+    parser = argparse.ArgumentParser(description="Shows what train.py will see of some data, or "
+                                                 "with --decontaminate drops what evaluations ask.")
+    parser.add_argument("data", nargs="*", help="files, hub data sets or builtin:...")
+    parser.add_argument("--decontaminate", nargs="+",
+                        help="rows to copy to --out, but those that share words with a problem of "
+                             "--against")
+    parser.add_argument("--against", nargs="+", help="problems that must not be trained on")
+    parser.add_argument("--ngram", type=int, default=8, help="words in a row that are shared (8)")
+    parser.add_argument("--out", help="the file of --decontaminate")
+    parser.add_argument("--model",
                         help="folder, hub name or builtin:tiny: tokenizer and context length")
     parser.add_argument("--max_seq_len", type=int,
                         help="tokens of a packed row (16384, or the model's positions if fewer)")
@@ -1250,10 +1333,17 @@ def main():
     parser.add_argument("--cache", help="folder of the token cache (~/.cache/sky-t1)")
     parser.add_argument("--row", type=int, default=0, help="the kept row to show (0)")
     args = parser.parse_args()
-    for name in ("max_seq_len", "batch_size", "num_ranks"):
+    for name in ("max_seq_len", "batch_size", "num_ranks", "ngram"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be above 0")
 
+    if args.decontaminate:
+        if not args.against or not args.out:
+            raise ValueError("--decontaminate wants --against and --out")
+        decontaminate(args.decontaminate, args.against, args.out, args.ngram)
+        return
+    if not args.data or not args.model:
+        raise ValueError("name the data, and the --model whose tokenizer reads it")
     model_dir = find_model(args.model, weights=False)
     tokenizer, config = load_tokenizer(model_dir), Qwen2Config.from_pretrained(model_dir)
     check_against_model(args, config, tokenizer)

@@ -836,3 +836,39 @@ def test_seventeen_thousand_rows_take_neither_minutes_nor_gigabytes_twice(qwen, 
         peaks.append(int(done.stdout.split()[-1]))
     print(f"first {seconds[0]:.0f} s, {peaks[0]} MiB; again {seconds[1]:.0f} s, {peaks[1]} MiB")
     assert max(peaks) < 2000 and peaks[1] < 1000 and seconds[1] < seconds[0] / 4
+
+
+# ---- decontamination
+
+
+def test_rows_that_ask_a_benchmarks_problem_are_dropped_and_counted(tmp_path, monkeypatch, capsys):
+    asked = "A farmer has seventeen sheep and all but nine of them run away: how many are left?"
+    benchmark, rows = tmp_path / "bench.jsonl", tmp_path / "train.jsonl"
+    benchmark.write_text(json.dumps({"problem": asked, "answer": "9"}) + "\n"
+                         + json.dumps({"problem": "Compute $2+2$ now.", "answer": "4"}) + "\n")
+
+    def turns(text):
+        return {"messages": [{"role": "user", "content": text},
+                             {"role": "assistant", "content": asked}]}
+    texts = ["Say hello.", f"Solve: {asked.upper()}", "A farmer has seventeen cows.",
+             "compute \\(2 + 2\\) NOW!", "the sheep and all but nine of them run away: why?"]
+    rows.write_text("".join(json.dumps(turns(text)) + "\n" for text in texts))
+    monkeypatch.setattr(sys, "argv", ["data.py", "--decontaminate", str(rows), "--against",
+                                      str(benchmark), "--out", str(tmp_path / "clean.jsonl")])
+    data.main()
+    kept = [json.loads(line) for line in open(tmp_path / "clean.jsonl")]
+    assert kept == [turns(texts[0]), turns(texts[2])]
+    printed = capsys.readouterr().out
+    assert "rows: 5" in printed and "kept: 2" in printed and "like bench: 3" in printed
+    assert printed.splitlines()[1].startswith("100.0%")
+
+
+def test_shared_grams_are_those_that_brute_force_finds():
+    import random
+    rng = random.Random(0)
+    texts = [" ".join(rng.choice("abcd") for _ in range(rng.randint(8, 30))) for _ in range(40)]
+    for a, b in zip(texts, texts[1:]):
+        words, others = a.split(), b.split()
+        slow = {" ".join(words[i:i + 5]) for i in range(len(words)) if len(words[i:i + 5]) == 5
+                and any(words[i:i + 5] == others[j:j + 5] for j in range(len(others)))}
+        assert data.word_grams(words, 5) & data.word_grams(others, 5) == slow

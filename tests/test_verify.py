@@ -68,7 +68,8 @@ def random_tree(rng, depth):
     (a, p), (b, q) = random_tree(rng, depth - 1), random_tree(rng, depth - 1)
     return rng.choice([(f"({a}+{b})", p + q), (f"({a}-{b})", p - q), (rf"{{{a}}} \cdot {{{b}}}",
                                                                       p * q),
-                       (rf"\frac{{{a}}}{{{b}}}", p / q if q else math.nan), (f"({a})^{{2}}", p * p)])
+                       (rf"\frac{{{a}}}{{{b}}}", p / q if q else math.nan),
+                       (f"({a})^{{2}}", p * p)])
 
 
 def test_random_expressions_are_read_as_their_value():
@@ -149,7 +150,8 @@ def test_verdicts_from_threads_and_from_a_forked_process_are_the_same():
     for thread in threads:
         thread.join()
     assert answers == [[True, False] * 5] * 4
-    code = ("import os, verify; equal = verify.math_equal; assert equal('\\\\sqrt8', '2\\\\sqrt2')\n"
+    code = ("import os, verify\nequal = verify.math_equal\n"
+            "assert equal('\\\\sqrt8', '2\\\\sqrt2')\n"
             "if os.fork() == 0: os._exit(0 if equal('\\\\sqrt8', '2\\\\sqrt2') else 1)\n"
             "assert equal('\\\\sqrt{12}', '2\\\\sqrt3') and os.wait()[1] == 0")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
@@ -211,7 +213,8 @@ def test_output_is_compared_line_by_line_and_word_by_word(expected, got, same):
     ([1, 2], (1, 2), True), (1, True, False), (True, True, True), (1.0, 1, True), (1, 1.0, False),
     (0.1, 0.1 + 1e-12, True), ("1", 1, False), ([[1], []], [(1,), ()], True), (None, 0, False),
     ({"a": [1]}, {"a": (1,)}, True), ([1, 2], [2, 1], False), ({1, 2}, {2, 1}, True),
-    ({1, 2}, {1, 3}, False), ({"a": 1}, {"a": 1, "b": 2}, False), ({"1": 1}, {1: 1}, False), (2**70, 2**70 + 1, False)])
+    ({1, 2}, {1, 3}, False), ({"a": 1}, {"a": 1, "b": 2}, False), ({"1": 1}, {1: 1}, False),
+    (2**70, 2**70 + 1, False)])
 def test_returned_values_are_compared_with_their_types(expected, got, same):
     assert verify.same_result(expected, verify.encode(got)) is same
 

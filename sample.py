@@ -430,7 +430,7 @@ class SampleFile:
         if not parts and order is None:
             return
         rows = {sample_key(row): row for path in (self.path, *parts) for row in self.read(path)}
-        keys = rows if order is None else [key for key in order if key in rows]
+        keys = dict.fromkeys(key for key in (*(order or ()), *rows) if key in rows)
         write_aside(self.path, "".join(json.dumps(rows[key], ensure_ascii=False) + "\n"
                                        for key in keys))
         for part in parts:
@@ -765,11 +765,14 @@ def think_limits(args, tokenizer):
     return forced
 
 
-def answer(engine, tokenizer, messages, args, stops=()):
-    """Yields the text of one answer as it grows; Ctrl-C ends it."""
+def answer(engine, tokenizer, messages, args):
+    """Prints one answer as it grows and returns it; Ctrl-C ends it."""
     prompt = tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
-    check_fits(prompt, args, engine.model.config, "the conversation")
-    request = Request(prompt, len(messages), args.max_new_tokens)
+    room = engine.model.config.max_position_embeddings - len(prompt)
+    if room < 1:
+        raise ValueError(f"the conversation has {len(prompt):,} tokens, more than the model's "
+                         f"{engine.model.config.max_position_embeddings:,} positions")
+    request = Request(prompt, len(messages), min(args.max_new_tokens, room))
     shown = ""
     stopped = False
 

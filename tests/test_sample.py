@@ -185,6 +185,8 @@ def test_a_killed_run_resumes_to_the_same_file_and_other_settings_are_refused(
         file.write('{"torn')
     run_script(*arguments(model_dir, problems, out))
     assert out.read_bytes() == whole.read_bytes()
+    run_script(*arguments(model_dir, problems, out), "--limit", "2")
+    assert out.read_bytes() == whole.read_bytes()  # fewer problems lose no sample
     done = run_script(*arguments(model_dir, problems, out), "--seed", "1", check=False)
     assert done.returncode == 2 and "seed" in done.stderr and done.stderr.count("\n") == 1
     assert out.read_bytes() == whole.read_bytes()

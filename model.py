@@ -298,13 +298,15 @@ class Attention(nn.Module):
         """attend(q, k, v) -> y, all (B, heads, T, D): a cache's attention instead of that within
         documents."""
         B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
+        # (B, H, T, D) and twice (B, Hkv, T, D)
+        q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in self.project(x))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         # (B, H, T, D)
         y = attend(q, k, v) if attend else packed_attention(q, k, v, document_lengths)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+    def project(self, x):  # sample.fuse puts one product in its place
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
 class MLP(nn.Module):
@@ -317,7 +319,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x)
+        return self.down_proj(F.silu(gate) * up)
+
+    def project(self, x):  # sample.fuse puts one product in its place
+        return self.gate_proj(x), self.up_proj(x)
 
 
 class Block(nn.Module):

@@ -37,7 +37,7 @@ from model import KeyValueCache, Qwen2, Qwen2Config, open_safetensors, weight_fi
 
 SLOTS = {"cpu": 16, "cuda": 64}     # rows of a batch, where memory has room for so many
 INTERVAL = {"cpu": 1, "cuda": 16}   # steps between looks at the tokens: on CUDA each look waits
-LENGTH_STEP = 256                   # the cache is read up to a multiple of this
+LENGTH_STEP = {"cpu": 64, "cuda": 512}  # the cache is read up to a multiple of this
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -229,7 +229,8 @@ class Engine:
         n = 1 if often else self.interval
         B = max(active) + 1 if self.compact else len(self.rows)
         longest = max(len(self.rows[slot].prompt) + len(self.rows[slot].tokens) for slot in active)
-        length = min(-(-(longest + n) // LENGTH_STEP) * LENGTH_STEP, self.cache.k.shape[3])
+        multiple = LENGTH_STEP[self.device.type]
+        length = min(-(-(longest + n) // multiple) * multiple, self.cache.k.shape[3])
         step = self.captured(B, length) if self.device.type == "cuda" else self.step
         history = []
         for _ in range(n):
@@ -336,7 +337,27 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0
     return answers
 
 
-# ------------------------------------------------------------------------------ splitting the model
+# -------------------------------------------------------------------- changing the model's products
+
+@torch.no_grad()
+def fuse(model):
+    """One product for q, k and v, and one for gate and up: fewer, larger calls. The parameters
+    become views of the joined weights, so that nothing is stored twice."""
+    def join(layers):
+        sizes = [len(layer.weight) for layer in layers]
+        joined = {"weight": None, "bias": None}
+        for name in joined:
+            if getattr(layers[0], name) is not None:
+                joined[name] = torch.cat([getattr(layer, name) for layer in layers])
+                for layer, view in zip(layers, joined[name].split(sizes), strict=True):
+                    getattr(layer, name).data = view
+        return lambda x: torch.nn.functional.linear(x, **joined).split(sizes, dim=-1)
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        attention.project = join([attention.q_proj, attention.k_proj, attention.v_proj])
+        mlp.project = join([mlp.gate_proj, mlp.up_proj])
+    return model
+
 
 class Reduced(torch.nn.Module):
     """A row-parallel linear layer: this rank's share of the inputs, summed over the ranks."""
@@ -846,6 +867,7 @@ def load(args, rank, device):
         model = load_split(folder, dtype, device, rank, args.tensor_parallel)
     else:
         model = Qwen2.from_pretrained(folder, dtype=dtype, device=device).eval()
+    fuse(model)
     path = Path(folder) / "generation_config.json"
     ends = json.loads(path.read_text()).get("eos_token_id", []) if path.is_file() else []
     stop_ids = {*(ends if isinstance(ends, list) else [ends]),

@@ -44,7 +44,7 @@ def main():
     from transformers import AutoModelForCausalLM
     cuda = torch.cuda.is_available()
     device, dtype = "cuda" if cuda else "cpu", getattr(torch, args.dtype)
-    ours = Qwen2.from_pretrained(args.model, dtype=dtype, device=device).eval()
+    ours = sample.fuse(Qwen2.from_pretrained(args.model, dtype=dtype, device=device).eval())
     theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
     theirs.generation_config.eos_token_id = None
     torch.manual_seed(0)

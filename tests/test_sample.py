@@ -62,6 +62,17 @@ def test_a_sample_depends_on_its_stream_alone(dtype):
             assert generate(model, prompts, 20, **{**options, "num_slots": slots}) == answers
 
 
+def test_fused_products_change_nothing_and_store_nothing_twice():
+    model, prompts = small_model(), prompts_of(5, 30)
+    before, weights = generate(model, prompts, 12), model.state_dict()
+    fused = sample.fuse(model)
+    assert generate(fused, prompts, 12) == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in fused.state_dict().items())
+    mlp = fused.model.layers[0].mlp
+    assert (mlp.gate_proj.weight.untyped_storage().data_ptr()
+            == mlp.up_proj.weight.untyped_storage().data_ptr())
+
+
 def test_equal_prompts_are_read_once_and_differ_by_their_stream():
     model, (prompt,) = small_model(), prompts_of(25)
     alone = [generate(model, [prompt], 15, temperature=1.0, streams=[i])[0] for i in range(5)]

@@ -2,6 +2,7 @@
 token cache, packing, a built-in task.
 
     python data.py FILE --model DIR     # counts, lengths, packing, one row with its mask in colour
+    python data.py --decontaminate FILE --against BENCHMARK --out CLEAN     # drops what it asks
 
 A training row is ShareGPT (`system`, `conversations` of from/value), `messages` of role/content, or
 a kept sample (a problem's fields and `response`). Rows come from .json, .jsonl (also .gz), .csv and

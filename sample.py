@@ -468,7 +468,10 @@ class SampleFile:
                 if not line.endswith(b"\n"):
                     break
                 end += len(line)
-                yield json.loads(line)
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}: a broken row ({error}): mend or delete it") from None
             file.truncate(end)
 
     def merge(self, order):
@@ -579,6 +582,7 @@ class Endpoint:
                 threads.shutdown(cancel_futures=True)
 
     def answer(self, job):
+        """One job's result as `answers` yields it; ValueError for a reply in another form."""
         args = self.args
         body = {"model": args.endpoint_model, "messages": job.messages, "top_p": args.top_p,
                 "temperature": args.temperature, "max_tokens": args.max_new_tokens,
@@ -902,6 +906,7 @@ def load(args, rank, device):
 
 
 def parse_arguments():
+    """The flags; ValueError for a value out of range."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -998,6 +1003,7 @@ def start_processes(args):
 
 
 def main():
+    """Who answers, what is asked, and then the run; without problems a chat."""
     args = parse_arguments()
     by_rule_alone = args.rewrite and args.rewriter == "rule"
     if not by_rule_alone and bool(args.model) == bool(args.endpoint):
@@ -1012,7 +1018,10 @@ def main():
     if by_rule_alone:
         rows = [row | {"response": by_rule(row), "original": row["response"], "rewriter": "rule"}
                 for row in read_samples(args.rewrite)]
-        write_aside(args.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if os.path.exists(args.out) and Path(args.out).read_text(encoding="utf-8") != text:
+            raise ValueError(f"{args.out} holds something else: name another --out, or delete it")
+        write_aside(args.out, text)
         print(f"{args.out}: {len(rows):,} rows")
         return
     if args.endpoint:

@@ -914,6 +914,7 @@ def fold(tree, values, limit):
 
 
 def power(a, b, limit):
+    """a^b of folded trees: a Fraction where both are and the result is, else the tree."""
     if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
         return ("^", a, b)
     if a == 0 and b <= 0:
@@ -1782,8 +1783,8 @@ def read_all(file):
 
 
 def containment(without=()):
-    """The layers that hold a program on this machine, tried out: {layer: what it does}. Raises
-    RuntimeError where programs cannot be confined."""
+    """What holds a program on this machine, tried out: {"active" and "missing": layers, "allowed":
+    what a test program could do all the same}. Raises RuntimeError where not even that runs."""
     sandbox = POOL.take(("sandbox", without), lambda: Sandbox(without))
     try:
         status, _, output, _ = sandbox.run("main", json.dumps(["", PROBE]).encode(),
@@ -1804,15 +1805,15 @@ def tested_sandbox(without, allow_unsafe):
         raise RuntimeError("programs are judged on Linux only")
     key = ("sandbox", without)
     if key not in TESTED:
-        report = containment(without)
-        if not (allow_unsafe or "seccomp" in without) and (
-                "seccomp" not in report["active"] or report["allowed"]):
-            raise RuntimeError(
-                "programs cannot be confined here: "
-                + (f"a test program could {', '.join(report['allowed'])}" if report["allowed"]
-                   else "the kernel has no system-call filter (seccomp)")
-                + "; run where it has one, or accept the danger with --allow_unsafe")
-        TESTED[key] = report
+        TESTED[key] = containment(without)
+    report = TESTED[key]
+    if not (allow_unsafe or "seccomp" in without) and (
+            "seccomp" not in report["active"] or report["allowed"]):
+        raise RuntimeError(
+            "programs cannot be confined here: "
+            + (f"a test program could {', '.join(report['allowed'])}" if report["allowed"]
+               else "the kernel has no system-call filter (seccomp)")
+            + "; run where it has one, or accept the danger with --allow_unsafe")
     return POOL.take(key, lambda: Sandbox(without))
 
 
@@ -1842,7 +1843,7 @@ attempt("memory", lambda: bytearray(1 << 36))
 """
 
 
-def run_program(code, tests, timeout=10.0, memory=1 << 31, without=(), allow_unsafe=False):
+def run_program(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, without=(), allow_unsafe=False):
     """Run a Python program on its tests, each in a confined process of its own.
 
     tests: {"input", "output"} from stdin to stdout, {"fn_name", "args", "expected"} a call, or
@@ -1866,6 +1867,9 @@ def run_program(code, tests, timeout=10.0, memory=1 << 31, without=(), allow_uns
             reason = run_test(sandbox, code, test, timeout, memory)
         except SandboxFailure:
             reason = "timeout"
+        except BaseException:  # a test that has no JSON form, an interrupt: it may be half sent
+            sandbox.close()
+            raise
         else:
             POOL.give_back(("sandbox", key), sandbox)
         if reason == "wrong answer":
@@ -1936,7 +1940,7 @@ def find_program(response):
     return None
 
 
-def verify_code(response, tests, timeout=10.0, memory=1 << 31, **options):
+def verify_code(response, tests, timeout=10.0, memory=DEFAULT_MEMORY, **options):
     """The verdict on the last fenced code block of a response; options go to run_program."""
     code = find_program(response)
     if code is None:
@@ -2079,6 +2083,7 @@ class Confinement:
         self.threads = 64 + (tasks if uid is None else 0)
 
     def confine(self, request):
+        """Limits, user, capabilities, and last the filter, which forbids what came before it."""
         parent = os.getppid()
         if "limits" in self.active:
             cpu = math.ceil(request["timeout"])
@@ -2652,11 +2657,15 @@ def resume(out, lines, summary):
                 row = None
             if row is None:
                 break
+            if not isinstance(row, dict) or not {"kind", "passed", "extracted",
+                                                 "reason"} <= row.keys():
+                raise BadInput(f"{out}: row {count + 1} is no verdict; name another --out, or "
+                               "delete the file")
             place, given = next(lines, (None, "{}"))
             try:
                 given = json.loads(given)
                 same_row = all(given.get(key) == row[key] for key in (
-                    "source", "id", "sample", "response") if key in row) and "passed" in row
+                    "source", "id", "sample", "response") if key in row)
             except (ValueError, AttributeError):
                 same_row = False
             if not same_row:
@@ -2724,6 +2733,7 @@ def keep(verified, path, per_problem):
 
 
 def parse_arguments():
+    """The flags, checked; argparse itself ends with one line and status 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", nargs="+", help="files of samples, a JSON object a line")
@@ -2735,7 +2745,7 @@ def parse_arguments():
                                                         "shortest (all)")
     parser.add_argument("--timeout", type=float, default=10.0,
                         help="CPU seconds of a program's test (10)")
-    parser.add_argument("--memory", type=int, default=1 << 31,
+    parser.add_argument("--memory", type=int, default=DEFAULT_MEMORY,
                         help="bytes of address space of a program (2 GiB)")
     parser.add_argument("--workers", type=int, default=CORES, help="processes (one a core)")
     parser.add_argument("--allow_unsafe", action="store_true",
@@ -2749,6 +2759,7 @@ def parse_arguments():
 
 
 def main():
+    """Verify what is not verified yet, write each verdict as it is there, then keep and print."""
     args = parse_arguments()
     for name in args.samples:
         if not os.path.isfile(name):
@@ -2785,7 +2796,6 @@ def main():
     print(table(rows))
     if kept:
         print(f"kept {kept[0]}, dropped {kept[1]} duplicates and {kept[2]} beyond --per_problem")
-
 
 
 if __name__ == "__main__":

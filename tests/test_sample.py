@@ -342,6 +342,9 @@ def test_rewriting_by_rule_keeps_the_thought_and_the_answer(kind, response, answ
            "response": response, "finish_reason": "stop", **answer}
     source.write_text(json.dumps(row) + "\n")
     call(monkeypatch, "--rewrite", source, "--rewriter", "rule", "--out", out)
+    with pytest.raises(ValueError, match="something else"):
+        call(monkeypatch, "--rewrite", source, "--rewriter", "rule", "--out", source)
+    assert rows_of(source) == [row]
     (new,) = rows_of(out)
     assert new["original"] == response
     verdict = verify.verify_sample(new)

@@ -39,6 +39,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
@@ -1305,6 +1307,29 @@ def one_line_errors(main):
         else:
             time.sleep(3)  # torchrun ends rank 0 as soon as another has ended: let it speak first
         sys.exit(2)
+
+
+def run(main):
+    """The script of a process that torchrun may have started: main() with its errors in one line.
+    It ends at once, after all ranks if it went well: a normal exit ends the interpreter while the
+    process group's threads may still want it, which now and then aborts a run that succeeded.
+    """
+    status = 0
+    try:
+        one_line_errors(main)
+        if dist.is_initialized():
+            dist.barrier()
+    except SystemExit as end:
+        status = end.code or 0
+    except torch.OutOfMemoryError:  # perhaps on this rank alone, so each says it
+        print("error: out of GPU memory: try --recompute tiled --offload activations, --offload "
+              "parameters, more GPUs, or a lower --max_seq_len", file=sys.stderr)
+        status = 2
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main():

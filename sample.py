@@ -26,6 +26,7 @@ import urllib.error
 import urllib.request
 from collections import deque
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -998,7 +999,7 @@ def start_processes(args):
         torch.cuda.set_device(device)
     store, _, _ = next(dist.rendezvous("env://"))
     dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store),
-                            rank=rank, world_size=world_size)
+                            rank=rank, world_size=world_size, timeout=timedelta(hours=4))
     return rank, world_size, device, store
 
 
@@ -1051,9 +1052,7 @@ def main():
         "label_difficulty")}
     run_jobs(args, answerer, jobs, finish, settings, rank, barrier,
              writes=rank == 0 or args.tensor_parallel == 1)
-    if world_size > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    data.one_line_errors(main)
+    data.run(main)

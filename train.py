@@ -889,26 +889,5 @@ def main():
                   "      python train.py --model DIR --data rows.jsonl    (a model of your own)")
 
 
-def run():
-    """main() with its errors in one line. A failed process ends at once: a normal exit would tear
-    down the process group's threads while other ranks use them, and may abort with another status.
-    """
-    status = 0
-    try:
-        data.one_line_errors(main)
-    except SystemExit as end:
-        status = end.code or 0
-    except torch.OutOfMemoryError:  # perhaps on this rank alone, so each says it
-        print("error: out of GPU memory: try --recompute tiled --offload activations, --offload "
-              "parameters, more GPUs, or a lower --max_seq_len", file=sys.stderr)
-        status = 2
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if status:
-        os._exit(status)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    run()
+    data.run(main)

@@ -499,7 +499,7 @@ def limited(folder, model, optimizer, step, *rest):
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     save(folder, model, optimizer, step, *rest)
 train.save_checkpoint = limited
-train.run()
+train.data.run(train.main)
 """)
     done = run_script(script, *arguments, processes=2, check=False)
     assert "step-000004" in done.stderr and "then --resume" in done.stderr and ended_with_2(done), done.stderr

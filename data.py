@@ -79,6 +79,8 @@ SYSTEM_PROMPTS = {
 QWEN_DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 # What the recipe puts before a bare problem.
+TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
+        "<|end_of_solution|>")  # plain text to Qwen's tokenizer
 MATH_PROMPT = "Return your final response within \\boxed{}. "
 CHOICE_PROMPT = ("Return your final response within \\boxed{} and only include the letter choice "
                  "(A, B, C, or D) as your final "
@@ -197,14 +199,17 @@ def load_tokenizer(model_dir):
 
 
 def builtin_tokenizer():
-    """256 bytes and three of Qwen's special tokens. Its chat template adds no system turn of its
-    own."""
+    """256 bytes and three of Qwen's special tokens; the recipe's tags and prompts are a token each,
+    so that a tiny model reads problems. Its chat template adds no system turn of its own."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(t, normalized=False)
                                 for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    choice = recipe_prompt({"kind": "choice", "prompt": "".join(f"{c}) \n" for c in CHOICES)})
+    backend.add_tokens([AddedToken(t, normalized=False) for t in
+                        (*TAGS, MATH_PROMPT, CALL_PROMPT, choice.partition("A) ")[0])])
     template = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content "
                 "}}<|im_end|>\n{% endfor %}"
                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -520,37 +525,90 @@ def check_text(text, what):
     return text
 
 
-# ---------------------------------------------------------------------------------- a built-in task
+# ------------------------------------------------------------------------------- the built-in tasks
+
+# Three families whose answer is hard to say at once and easy to work out, and how long their
+# problems are: one in eight has the last size, and all that are `harder`.
+SIZES = {"addition": (4, 5, 6), "last_digit": (4, 5, 6), "multiply_out": (3, 4, 5)}
+CHOICES = "ABCDEFGHIJ"
+
+
+def addition(generator, size):
+    """The sum of two numbers of `size` digits, digit by digit with the carry."""
+    numbers = [generator.randrange(10 ** (size - 1), 10 ** size) for _ in range(2)]
+    steps, carry = [], 0
+    for place in range(size):
+        digits = [n // 10 ** place % 10 for n in numbers]
+        total = sum(digits) + carry
+        steps.append("+".join(map(str, digits)) + f"+{carry}={total}")
+        carry = total // 10
+    return {"kind": "math", "prompt": "+".join(map(str, numbers)) + "=?",
+            "answer": str(sum(numbers))}, steps
+
+
+def last_digit(generator, size):
+    """The last digit of a sum of `size` digits, by its letter."""
+    digits = [generator.randrange(1, 10) for _ in range(size)]
+    steps, last = [], digits[0]
+    for digit in digits[1:]:
+        steps.append(f"{last}+{digit}={last + digit}")
+        last = (last + digit) % 10
+    options = "".join(f"\n{letter}) {n}" for n, letter in enumerate(CHOICES))
+    question = "Last digit of " + "+".join(map(str, digits)) + "?" + options
+    return {"kind": "choice", "prompt": question, "answer": CHOICES[last]}, steps
+
+
+def multiply_out(generator, size):
+    """A function of x as one product and one sum, from `size` operations on x."""
+    while True:
+        a, b, steps = 1, 0, []
+        for _ in range(size):
+            sign, n = generator.choice("+-*"), generator.randrange(1, 10)
+            if sign == "*":
+                a, b, n = 2 * a, 2 * b, 2
+            else:
+                b += n if sign == "+" else -n
+            steps.append(f"{sign}{n}: {a}*x+{b}")
+            if not 0 <= b < 40:
+                break
+        else:
+            break
+    question = "f(x), from left to right: x " + " ".join(step.split(":")[0] for step in steps)
+    return {"kind": "code", "prompt": question,
+            "tests": [{"fn_name": "f", "args": [x], "expected": a * x + b} for x in (0, 1, 7)],
+            "answer": f"```python\ndef f(x):\n    return {a}*x+{b}\n```"}, steps
+
 
 def builtin_problems(split, count, seed=0):
-    """Additions of three numbers of three digits, as problems with `answer` and a worked
-    `solution`. Splits never share a problem."""
-    generator = random.Random(f"{split} {seed}")
-    for _ in range(count):
+    """Different problems of the three families in turn, with a worked `solution` and the `bare`
+    one. The splits heldout and harder share no prompt with others."""
+    generator, seen = random.Random(f"{split} {seed}"), set()
+    for i in range(count):
+        family = (addition, last_digit, multiply_out)[i % 3]
+        sizes = SIZES[family.__name__]
         while True:
-            a, b, c = (generator.randrange(100, 1000) for _ in range(3))
-            if (((a * 10_007 + b) * 10_007 + c) % 16 == 0) == (split == "heldout"):
+            longest = split == "harder" or generator.random() < 1 / 8
+            size = sizes[-1] if longest else generator.choice(sizes[:-1])
+            problem, steps = family(generator, size)
+            held_out = zlib.crc32(problem["prompt"].encode()) % 16 == 0
+            if held_out == (split in ("heldout", "harder")) and problem["prompt"] not in seen:
                 break
-        steps, carry = [], 0
-        for place in range(3):
-            digits = [n // 10 ** place % 10 for n in (a, b, c)]
-            total = sum(digits) + carry
-            steps.append("+".join(map(str, digits)) + f"+{carry}={total}")
-            carry = total // 10
-        answer = str(a + b + c)
-        prompt = f"{a}+{b}+{c}=?"
-        solution = "\n".join(steps) + f"\n\\boxed{{{answer}}}"
-        yield {"id": prompt, "source": "builtin", "kind": "math", "prompt": prompt,
-               "answer": answer, "solution": solution}
+        seen.add(problem["prompt"])
+        answer = problem["answer"]
+        bare = answer if problem["kind"] == "code" else f"\\boxed{{{answer}}}"
+        if "tests" in problem:
+            del problem["answer"]
+        yield {"id": problem["prompt"], "source": family.__name__, **problem, "bare": bare,
+               "solution": "\n".join(steps) + "\n\n" + bare}
 
 
 def builtin_rows(name):
-    """Training rows of `builtin:worked` (solutions digit by digit), `builtin:bare` (the answer
+    """Training rows of `builtin:worked` (solutions step by step), `builtin:bare` (the answer
     alone), each :COUNT long."""
-    kind, count = builtin_name(name, "worked", "bare", count=20_000)
-    for problem in builtin_problems("train", count):
-        response = problem["solution"] if kind == "worked" else f"\\boxed{{{problem['answer']}}}"
-        yield {"messages": [{"role": "user", "content": problem["prompt"]},
+    kind, count = builtin_name(name, "worked", "bare", count=30_000)
+    for problem in builtin_problems("rows", count):
+        response = problem["solution" if kind == "worked" else "bare"]
+        yield {"messages": [{"role": "user", "content": recipe_prompt(problem)},
                             {"role": "assistant", "content": response}]}
 
 
@@ -558,7 +616,8 @@ def builtin_name(name, *kinds, count):
     """What follows `builtin:` in a name: one of the kinds, and the number of rows."""
     _, kind, count = (name + f":{count}").split(":")[:3]
     if kind not in kinds or not count.isdigit():
-        known = " and ".join(f"builtin:{kind}" for kind in kinds)
+        known = ", ".join(f"builtin:{kind}" for kind in kinds)
+        known = " and ".join(known.rsplit(", ", 1))
         raise ValueError(f"{name}: the built-in data are {known}, each with :COUNT after it if "
                          f"wanted")
     return kind, int(count)
@@ -572,9 +631,53 @@ CONTENT = ("kind", "prompt", "answer", "tests")
 CARRIED = ("subject", "level", "difficulty", "contest_date")  # to score by; kept where a row has it
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """A benchmark by its name: the hub data set, a pattern of its files' names, and how the recipe
+    samples it. Small sets take several samples: one answer to each of 30 problems is noise."""
+    hub: str
+    files: str
+    n: int = 1
+    temperature: float = 0.0
+
+
+EVALUATIONS = {
+    "math500": Evaluation("HuggingFaceH4/MATH-500", "test"),
+    "aime24": Evaluation("HuggingFaceH4/aime_2024", "train", 8, 0.7),
+    "aime25": Evaluation("math-ai/aime25", "test", 8, 0.7),
+    "gsm8k": Evaluation("openai/gsm8k", "main.test"),
+    "gpqa_diamond": Evaluation("Idavidrein/gpqa", "gpqa_diamond", 4, 0.7),
+    # the problems up to May 2024, version 2
+    "livecodebench": Evaluation("livecodebench/code_generation_lite", r"^test2?\.jsonl"),
+    "humaneval": Evaluation("openai/openai_humaneval", "test"),
+}
+
+
+def find_evaluation(name):
+    """The files of an EVALUATIONS name: those beside it whose name says so (`aime24`: aime_2024,
+    `math500`: MATH-500, `dir/gsm8k`: dir/gsm8k_test), a folder of that name, or the hub's."""
+    path, evaluation = Path(name), EVALUATIONS[Path(name).name]
+    wanted = re.sub("[^a-z0-9]", "", path.name)
+    wanted = re.sub("(2[0-9])$", r"(20)?\1", wanted) + "(test)?"
+    beside = [p for p in sorted(path.parent.glob("*")) if p.name.endswith(DATA_SUFFIXES)
+              and re.fullmatch(wanted, re.sub("[^a-z0-9]", "", p.name.partition(".")[0].lower()))]
+    if beside:
+        return beside
+    if path.parent != Path() and not path.is_dir():
+        raise FileNotFoundError(f"{path.parent} holds no file of {path.name} (such as "
+                                f"{path.name}.jsonl)")
+    root = path if path.is_dir() else find(evaluation.hub, "dataset",
+                                           [f"*{suffix}" for suffix in DATA_SUFFIXES])
+    files = [p for p in sorted(root.rglob("*")) if p.name.endswith(DATA_SUFFIXES)
+             and re.search(evaluation.files, str(p.relative_to(root)))]
+    if not files:
+        raise FileNotFoundError(f"{root} holds no data file whose name has {evaluation.files}")
+    return files
+
+
 def read_problems(names, counts=None):
-    """Yields the problems of files, folders, hub data sets, `builtin:train` and `builtin:heldout`
-    (:COUNT) as dicts of `id`, `source`, `kind`, `prompt`, and `answer` or `tests`; samples keep
+    """Yields the problems of files, folders, hub data sets, EVALUATIONS, and `builtin:train`,
+    `builtin:heldout` and `builtin:harder` (:COUNT) as dicts of `id`, `source`, `kind`, `prompt`, and `answer` or `tests`; samples keep
     their further fields.
 
     Duplicates and problems without question, answer or tests are dropped and counted, in the
@@ -613,8 +716,15 @@ def problem_rows(names):
     stem)."""
     for name in map(str, names):
         if name.startswith("builtin:"):
-            problems = builtin_problems(*builtin_name(name, "train", "heldout", count=500))
+            problems = builtin_problems(*builtin_name(name, "train", "heldout", "harder", count=500))
             yield from ((row, f"{name}:{line}", "builtin") for line, row in enumerate(problems, 1))
+            continue
+        if Path(name).name in EVALUATIONS:
+            source = Path(name).name
+            for path in find_evaluation(name):
+                for row, line in read_rows(path):
+                    level = row.get("difficulty") if source == "livecodebench" else None
+                    yield row, f"{path}:{line}", f"{source}_{level}" if level else source
             continue
         from_hub = not Path(name).expanduser().exists()
         for path in find_data(name):

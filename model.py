@@ -167,7 +167,7 @@ def refuse_unsupported(path, raw, rope):
 
 # A model to learn with: random weights, a byte-level tokenizer (data.py), a million parameters.
 BUILTIN = {"builtin:tiny": Qwen2Config(
-    vocab_size=259, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+    vocab_size=266, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
     tie_word_embeddings=True, initializer_range=0.06, eos_token_id=258)}
 
@@ -261,8 +261,10 @@ class KeyValueCache:
         below length -> logits (B, V). Shapes depend on B and length alone."""
         B = len(input_ids)
         rows = torch.arange(B, device=input_ids.device)
-        visible = torch.arange(length, device=input_ids.device) <= positions[:, None]  # (B, S)
-        mask = visible[:, None, None]  # (B, 1, 1, S)
+        hidden = torch.arange(length, device=input_ids.device) > positions[:, None]  # (B, S)
+        # added to the scores; made once, where SDPA would make it of a bool mask in each layer
+        mask = torch.zeros_like(hidden, dtype=self.k.dtype).masked_fill_(hidden, -torch.inf)
+        mask = mask[:, None, None]  # (B, 1, 1, S)
 
         def attends(layer_k, layer_v):
             def attend(q, k, v):  # (B, heads, 1, D)
@@ -298,15 +300,16 @@ class Attention(nn.Module):
         """attend(q, k, v) -> y, all (B, heads, T, D): a cache's attention instead of that within
         documents."""
         B, T, C = x.shape
-        # (B, H, T, D) and twice (B, Hkv, T, D)
-        q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in self.project(x))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = self.heads(x, cos, sin)
         # (B, H, T, D)
         y = attend(q, k, v) if attend else packed_attention(q, k, v, document_lengths)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
-    def project(self, x):  # sample.fuse puts one product in its place
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+    def heads(self, x, cos, sin):  # sample.fuse puts one product and one rotation in its place
+        """x (B, T, C) -> q (B, H, T, D), k and v (B, Hkv, T, D)"""
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):

@@ -35,7 +35,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import KeyValueCache, Qwen2, Qwen2Config, open_safetensors, weight_files
+from data import TAGS
+from model import KeyValueCache, Qwen2, Qwen2Config, open_safetensors, rotate, weight_files
 
 SLOTS = {"cpu": 16, "cuda": 64}     # rows of a batch, where memory has room for so many
 INTERVAL = {"cpu": 1, "cuda": 16}   # steps between looks at the tokens: on CUDA each look waits
@@ -84,7 +85,7 @@ def choose(logits, sampling, keys, counts, seen=None):
                                 logits * sampling.repetition_penalty)
         logits = torch.where(seen, penalised, logits)
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return logits.max(-1).indices  # on a CPU faster than argmax
     logits = logits / sampling.temperature
     index = None
     if sampling.top_k:
@@ -341,48 +342,66 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0
 
 # -------------------------------------------------------------------- changing the model's products
 
-def product(x, weight, bias=None):
-    """F.linear. For few rows in bf16 on a CPU the weight is the left factor: oneDNN then reads it
-    as it lies, where F.linear has it rearranged in each call (1.5 times the time)."""
-    rows = x.flatten(0, -2)  # (N, C)
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or len(rows) > 32:
-        return F.linear(x, weight, bias)
-    y = ((weight @ rows.T.contiguous()).T.contiguous() if len(rows) > 1
-         else torch.mv(weight, rows[0])[None])  # (N, K)
-    return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+class Packed(torch.nn.Module):
+    """A linear layer in bf16 on a CPU, its weight kept in the order in which oneDNN multiplies:
+    F.linear has it rearranged in each call (1.4 times the time). The operators are those that
+    torch.compile puts in F.linear's place."""
 
-
-class Product(torch.nn.Module):
-    """A linear layer by `product`."""
-
-    def __init__(self, linear):
+    def __init__(self, weight, bias=None):
         super().__init__()
-        self.weight = linear.weight
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), SLOTS["cpu"])
+        self.bias = bias
 
     def forward(self, x):
-        return product(x, self.weight)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 @torch.no_grad()
 def fuse(model):
-    """One product for q, k and v, and one for gate and up: fewer, larger calls. The parameters
-    become views of the joined weights, so that nothing is stored twice."""
-    def join(layers):
-        sizes = [len(layer.weight) for layer in layers]
-        joined = {"weight": None, "bias": None}
-        for name in joined:
+    """One product for q, k and v, and one for gate and up, and one rotation: fewer, larger calls.
+    The parameters become views of the joined weights, so that nothing is stored twice. In bf16 on a
+    CPU weights are `Packed` and the parameters let go; a tied head is then stored beside the
+    embedding."""
+    parameter = next(model.parameters())
+    packs = (parameter.device.type == "cpu" and parameter.dtype == torch.bfloat16
+             and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+    def join(*layers):
+        sizes, joined = [len(layer.weight) for layer in layers], {}
+        for name in ("weight", "bias"):
             if getattr(layers[0], name) is not None:
                 joined[name] = torch.cat([getattr(layer, name) for layer in layers])
                 for layer, view in zip(layers, joined[name].split(sizes), strict=True):
                     getattr(layer, name).data = view
-        return lambda x: product(x, **joined).split(sizes, dim=-1)
+        if not packs:
+            return lambda x: F.linear(x, **joined)
+        for layer in layers:
+            layer.weight = layer.bias = None
+        return Packed(**joined)
+
+    def heads_of(attention):
+        D, Hkv = attention.head_dim, len(attention.k_proj.weight) // attention.head_dim
+        product = join(attention.q_proj, attention.k_proj, attention.v_proj)
+
+        def heads(x, cos, sin):
+            qkv = product(x).unflatten(-1, (-1, D)).transpose(1, 2)  # (B, H + 2 Hkv, T, D)
+            qk = rotate(qkv[:, :-Hkv], cos, sin)
+            return qk[:, :-Hkv], qk[:, -Hkv:], qkv[:, -Hkv:]
+        return heads
+
+    def gate_and_up(mlp):
+        product = join(mlp.gate_proj, mlp.up_proj)
+        return lambda x: product(x).chunk(2, dim=-1)
     for block in model.model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        attention.project = join([attention.q_proj, attention.k_proj, attention.v_proj])
-        mlp.project = join([mlp.gate_proj, mlp.up_proj])
-        for module, name in ((attention, "o_proj"), (mlp, "down_proj")):
-            if type(getattr(module, name)) is torch.nn.Linear:
-                setattr(module, name, Product(getattr(module, name)))
+        block.self_attn.heads, block.mlp.project = heads_of(block.self_attn), gate_and_up(block.mlp)
+        for module, name in ((block.self_attn, "o_proj"), (block.mlp, "down_proj")):
+            if packs and type(getattr(module, name)) is torch.nn.Linear:
+                setattr(module, name, Packed(getattr(module, name).weight))
+    if packs:
+        head = model.lm_head.weight
+        head = Packed(model.model.embed_tokens.weight if head is None else head)
+        model.lm_head.weight = None
+        model.lm_head.forward = lambda x, targets, tied_weight: head(x)
     return model
 
 
@@ -394,7 +413,7 @@ class Reduced(torch.nn.Module):
         self.weight = linear.weight
 
     def forward(self, x):
-        y = product(x, self.weight)
+        y = F.linear(x, self.weight)
         dist.all_reduce(y)
         return y
 
@@ -564,23 +583,33 @@ class Endpoint:
     def answers(self, jobs, told):
         """As Local.answers, --concurrency requests at a time."""
         start, tokens = time.monotonic(), 0
-        jobs, pending = iter(jobs), set()
+        jobs, pending, error = iter(jobs), set(), None
         with concurrent.futures.ThreadPoolExecutor(self.args.concurrency) as threads:
-            try:
-                while True:
-                    for job in itertools.islice(jobs, self.args.concurrency - len(pending)):
-                        pending.add(threads.submit(self.answer, job))
-                    if not pending:
-                        return
+            while True:
+                room = 0 if error else self.args.concurrency - len(pending)
+                for job in itertools.islice(jobs, room):
+                    pending.add(threads.submit(self.answer, job))
+                if not pending:
+                    break
+                try:
                     finished, pending = concurrent.futures.wait(
                         pending, return_when=concurrent.futures.FIRST_COMPLETED)
-                    for future in finished:
-                        result = future.result()
-                        tokens += result[3] or 0
-                        told(tokens / (time.monotonic() - start))
-                        yield result
-            finally:
-                threads.shutdown(cancel_futures=True)
+                except KeyboardInterrupt as interrupt:
+                    if error:
+                        os._exit(130)
+                    error = interrupt
+                    print(f"waiting for {len(pending)} answers; Ctrl-C again drops them",
+                          file=sys.stderr)
+                    continue
+                for future in finished:  # what others have answered is kept before an error ends all
+                    if future.exception():
+                        error = error or future.exception()
+                        continue
+                    tokens += future.result()[3] or 0
+                    told(tokens / (time.monotonic() - start))
+                    yield future.result()
+        if error:
+            raise error
 
     def answer(self, job):
         """One job's result as `answers` yields it; ValueError for a reply in another form."""
@@ -588,25 +617,29 @@ class Endpoint:
         body = {"model": args.endpoint_model, "messages": job.messages, "top_p": args.top_p,
                 "temperature": args.temperature, "max_tokens": args.max_new_tokens,
                 "seed": stream_key(args.seed, job.stream) & 0x7FFFFFFF}
-        if args.stop:
-            body["stop"] = args.stop
+        # not OpenAI's own, so sent only where they say something
+        body |= {name: value for name, value, default in (
+            ("stop", args.stop, []), ("top_k", args.top_k, 0),
+            ("repetition_penalty", args.repetition_penalty, 1.0)) if value != default}
         reply = self.post(body)
         try:
             choice = reply["choices"][0]
-            text, reason = choice["message"]["content"], choice.get("finish_reason")
+            message, reason = choice["message"], choice.get("finish_reason")
+            # a server may split the thought off; what was cut inside it has no content
+            text = "\n\n".join(filter(None, (message.get("reasoning_content"),
+                                             message["content"])))
             tokens = (reply.get("usage") or {}).get("completion_tokens")
-            if not isinstance(text, str):
-                raise TypeError
         except (KeyError, IndexError, TypeError, AttributeError):
             raise ValueError(f"{self.url} answers in no form of chat completions: "
                              f"{json.dumps(reply)[:200]}") from None
-        return job, text, "length" if reason == "length" else "stop", tokens
+        return job, cut(text, args.stop), "length" if reason == "length" else "stop", tokens
 
     def post(self, body):
         """The server's JSON; a busy, failing or silent one is asked again, at growing
         intervals."""
         request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)
         for wait in (*RETRY_SECONDS, None):
+            asked = 0
             try:
                 with urllib.request.urlopen(request, timeout=self.args.timeout) as reply:
                     return json.loads(reply.read())
@@ -615,21 +648,21 @@ class Endpoint:
                 if error.code != 429 and error.code < 500:
                     hint = ": is OPENAI_API_KEY right?" if error.code in (401, 403) else ""
                     raise ValueError(f"{self.url}: {problem}{hint}") from None
+                after = error.headers.get("Retry-After") or ""
+                asked = min(int(after), 120) if after.isdigit() else 0
             except (OSError, http.client.HTTPException, ValueError) as error:
                 problem = str(getattr(error, "reason", error)) or type(error).__name__
             if wait is None:
                 raise ValueError(f"{self.url} failed {len(RETRY_SECONDS) + 1} times: {problem}; "
                                  "what was finished is kept, the same command goes on")
-            time.sleep(wait * random.uniform(0.5, 1.5))
+            time.sleep(max(asked, wait * random.uniform(0.5, 1.5)))
 
 
-RETRY_SECONDS = (1, 2, 4, 8, 16)
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32)
 
 
 # ----------------------------------------------------------------------------------- what is asked
 
-TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
-        "<|end_of_solution|>")
 STRUCTURE_PROMPT = f"""Below is someone's answer to a problem, in which thinking and solution are \
 mixed. Write it out again in two marked parts.
 
@@ -926,14 +959,16 @@ def parse_arguments():
         action="store_true")
     add("--min_difficulty", "only problems of this grade or above", type=int)
     add("--max_difficulty", "only problems of this grade or below", type=int)
-    add("--problems", "files, data sets or builtin:heldout: sample answers to them", nargs="+")
+    add("--problems", "sample answers to files, data sets, builtin:heldout, or a benchmark: "
+                      + ", ".join(data.EVALUATIONS), nargs="+")
     add("--out", "the samples, a JSON object a line (samples.jsonl); goes on where it stopped",
         default="samples.jsonl")
-    add("--n", "samples of each problem (1)", type=int, default=1)
+    add("--n", "samples of each problem (1, or what the named benchmark wants)", type=int)
     add("--limit", "only so many problems, the first", type=int)
     add("--prompt", "answer this once, and end")
     add("--system", "skyt1, qwq, none, or a text (skyt1 for problems, none for a chat)")
-    add("--temperature", "0 takes the most likely token (0.7)", type=float, default=0.7)
+    add("--temperature", "0 takes the most likely token (0.7, or what the named benchmark wants)",
+        type=float)
     add("--top_p", "of the most likely tokens as many as have this mass (1)", type=float,
         default=1.0)
     add("--top_k", "of so many of the most likely tokens (0: all)", type=int, default=0)
@@ -951,6 +986,7 @@ def parse_arguments():
         choices=("float32", "bfloat16"))
     add("--tensor_parallel", "ranks that share one model (1)", type=int, default=1)
     args = parser.parse_args()
+    benchmark_defaults(args)
     for name in ("n", "limit", "max_new_tokens", "max_batch_tokens", "max_slots",
                  "tensor_parallel", "min_think", "max_think", "concurrency", "timeout"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -961,6 +997,19 @@ def parse_arguments():
     if args.repetition_penalty <= 0:
         raise ValueError("--repetition_penalty must be above 0")
     return args
+
+
+def benchmark_defaults(args):
+    """--n and --temperature where they are not given: those of the benchmarks named, which must
+    agree."""
+    wanted = {(e.n, e.temperature) for name in args.problems or ()
+              if (e := data.EVALUATIONS.get(Path(name).name))} or {(1, 0.7)}
+    if len(wanted) > 1 and None in (args.n, args.temperature):
+        raise ValueError(f"{', '.join(args.problems)} are sampled differently: run them one by one, "
+                         "or give --n and --temperature")
+    n, temperature = wanted.pop()
+    args.n = n if args.n is None else args.n
+    args.temperature = temperature if args.temperature is None else args.temperature
 
 
 def read_samples(path):
@@ -1028,6 +1077,9 @@ def main():
     if args.endpoint:
         if not asks:
             raise ValueError("--endpoint wants --problems or --rewrite")
+        if args.min_think is not None or args.max_think is not None:
+            raise ValueError("--min_think and --max_think want a --model: a server's answers cannot "
+                             "be forced")
         args.max_new_tokens = args.max_new_tokens or 16384
         answerer = Endpoint(args)
     else:

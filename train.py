@@ -5,6 +5,7 @@ to safetensors.
     torchrun --nproc_per_node=8 train.py --model Qwen/Qwen2.5-32B-Instruct \\
         --data NovaSky-AI/Sky-T1_data_17k --out out/sky
     torchrun --nproc_per_node=8 train.py ... --out out/sky --resume     # after a crash or a kill
+    python train.py --plan 8xH100 --model ... --data ...    # memory, hours, dollars; needs no GPU
 
 What each rank holds: its slice of fp32 weights, gradients and both AdamW moments (16 bytes a
 parameter over the ranks), one or two whole blocks in bf16 while they compute, and the activations
@@ -52,16 +53,24 @@ import data
 from model import (BUILTIN, LOSS_CHUNK, MLP_TILE, Qwen2, Qwen2Config, init_weights, load_weights,
                    sync_folder, write_durably)
 
-BUILTIN_DEFAULTS = dict(data=["builtin:worked:40000"], num_train_epochs=1, max_steps=400,
+BUILTIN_DEFAULTS = dict(data=["builtin:worked"], num_train_epochs=1, max_steps=600, batch_size=32,
                         learning_rate=2e-3, dtype="float32", system="none", save_steps=100)
-# Dense bf16 TFLOP/s of NVIDIA's data sheets, by what the device's name contains.
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H20": 148, "GH200": 989, "B200": 2250,
-               "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "A10G": 70, "A10": 125,
-               "4090": 165, "3090": 71, "5090": 210}
+# By what the device's name contains: dense bf16 TFLOP/s and GB/s one way to its neighbours (NVLink,
+# else PCIe) of NVIDIA's data sheets; {GB in its name: GiB that PyTorch's out-of-memory errors say}.
+GPUS = {"H100 PCIe": (756, 64, {80: 79.1}), "H100": (989, 450, {80: 79.2}),
+        "H200": (989, 450, {141: 139.8}), "H20": (148, 450, {96: 95.1}),
+        "GH200": (989, 450, {96: 94.5}), "B200": (2250, 900, {180: 178.4}),
+        "A100": (312, 300, {80: 79.2, 40: 39.4}), "A800": (312, 200, {80: 79.2}),
+        "L40S": (362, 32, {48: 44.5}), "L40": (181, 32, {48: 44.4}), "A10G": (70, 32, {24: 22.1}),
+        "A10": (125, 32, {24: 22.1}), "4090": (165, 32, {24: 23.6}), "3090": (71, 32, {24: 23.6}),
+        "5090": (210, 64, {32: 31.4})}
+NETWORK = 50  # GB/s a GPU between nodes: 400 Gb/s for each, as in a DGX H100
 # In the order of preference: none of them holds T x T scores. Flash needs no plan for each document
 # length, as cuDNN does.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+# Sky-T1's post; the work of 17,000 rows of 4,500 tokens in 32B, three times
+PUBLISHED = {"gpu_hours": 152, "flops": 4.6e19}
 # What of memory a choice of recompute and offload is allowed to fill; the rest is the allocator's
 # and the libraries'.
 MEMORY_SHARE = {"cuda": 0.88, "cpu": 0.5}
@@ -124,12 +133,16 @@ def parse_arguments():
     add("--keep_checkpoints", type=int, default=2, help="newest checkpoints kept")
     add("--cache", help="folder of the tokenised rows (default: ~/.cache/sky-t1)")
     add("--dollars_per_gpu_hour", type=float, default=2.96,
-        help="what the progress bar and run.json count with")
+        help="what the progress bar, run.json and --plan count with")
+    add("--plan", metavar="GPUS",
+        help="only print what the run would need on 8xH100, 2x8xH200 or A100-40GB: memory, hours, "
+             "dollars")
+    add("--mfu", type=float, default=0.4, help="share of the GPUs' peak that --plan counts with")
     if parser.parse_known_args()[0].model in BUILTIN:
         parser.set_defaults(**BUILTIN_DEFAULTS)
     args = parser.parse_args()
     for name in ("num_train_epochs", "batch_size", "max_seq_len", "save_steps", "keep_checkpoints",
-                 "learning_rate", "max_grad_norm"):
+                 "learning_rate", "max_grad_norm", "mfu"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"--{name} {getattr(args, name)}: must be above 0")
     if not 0 <= args.warmup_ratio <= 1 or args.max_steps < 0 or args.shard_size < 0:
@@ -205,36 +218,78 @@ def from_rank_0(function, *args):
 
 # ------------------------------------------------------------------------- model, memory, optimizer
 
-def memory_estimate(config, max_seq_len, num_ranks, recompute, offload, width=2):
-    """Bytes a rank needs at its peak, by what they are for: a packed row of max_seq_len tokens,
-    gradients accumulated. `width` is the bytes of a number in matrix products.
+def memory_estimate(config, max_seq_len, num_ranks, recompute, offload, width=2, device_type="cuda",
+                    stays_gathered=False):
+    """Bytes a rank needs at its peak, by what they are for: a packed row of max_seq_len tokens, the
+    gradients of earlier micro-steps there. `width` is the bytes of a number in matrix products.
 
-    Per token a block saves about 5 I + 8 C numbers for its backward pass, which needs two fifths
-    more while it works. Blocks and loss are never at work together: the larger one counts.
+    The peak is in the backward pass of the last block, or before it in the loss, whose needs beyond
+    a block's are the last line. Each term is what the code holds then; tests/test_plan.py measures.
     """
-    C, I, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    T, embedding = max_seq_len, config.vocab_size * C
+    C, I, L, T = (config.hidden_size, config.intermediate_size, config.num_hidden_layers,
+                  max_seq_len)
+    kv, embedding = config.head_dim * config.num_key_value_heads, config.vocab_size * C
     block = (config.matmul_parameters - embedding) // L
-    parameters = L * block + embedding * (1 if config.tie_word_embeddings else 2)
-    mlp, attention = width * (5 * I + 3 * C), width * 5 * C  # bytes a token
-    kept = L * T * {"none": mlp + attention, "block": width * C, "tiled": 2 * width * C}[recompute]
-    work = {"none": 0.4 * T * (mlp + attention), "block": 1.4 * T * (mlp + attention),
-            "tiled": 1.4 * max(min(T, MLP_TILE) * mlp, T * attention)}[recompute]
-    # this block, the next, the one before; and a gradient in fp32
-    gathered = (3 * width + 4) * block
-    # logits; the weight, its gradient in fp32 and as it is handed on; hidden states
-    loss = (4 + width) * LOSS_CHUNK["cuda"] + (4 + 2 * width) * embedding + 3 * width * T * C
-    return {
-        "weights, gradients, moments": 0 if offload == "parameters"
-        else 16 * parameters / num_ranks,
-        "saved activations": 0 if recompute != "none" and offload != "none" else kept,
-        "work of a block or of the loss": max(gathered + work, loss),
-    }
+    parameters = parameter_count(config)
+
+    # saved for the backward pass, bytes a token: a norm's x and result, q, k, v, attention's result
+    # by document and joined; gate, up, silu(gate), their product
+    norm = 2 * width * C
+    if device_type == "cpu":  # no fused kernel: also x / rms, and in bf16 x itself, in fp32
+        norm += 4 * C if width == 4 else (4 + 4 - width) * C
+    attention, mlp = norm + width * (3 * C + 2 * kv), norm + 4 * width * I
+    saved = L * T * {"none": attention + mlp, "block": width * C, "tiled": 2 * width * C}[recompute]
+    if recompute != "none" and offload != "none":
+        saved = 0
+
+    # this block and the next; and the fp32 gradient on its way: the head's beside the last block,
+    # or that block's, whose activations are then gone
+    gathered = width * block * (2 if num_ranks > 1 else 1)
+    sent = max(0 if config.tie_word_embeddings else 4 * embedding, 4 * block - saved / L)
+    if config.tie_word_embeddings:  # whole throughout, and so is its gradient as the head's weight
+        gathered += 2 * width * embedding
+    if stays_gathered:  # all weights in `width`, all gradients in fp32
+        gathered = (4 + width) * parameters + width * embedding * config.tie_word_embeddings
+    gathered += sent
+
+    # a block at work, in its MLP (gradients of three (T, I), and of down_proj) or in its attention
+    tile = min(T, MLP_TILE) if recompute == "tiled" else T
+    in_mlp = tile * 2 * width * I + T * 2 * width * C + width * C * I
+    in_attention = T * width * (5 * C + 2 * kv) + width * 3 * C * I
+    if recompute != "none":  # and what it saves, computed again
+        in_mlp += tile * mlp + (T * attention if recompute == "block" else 0)
+        in_attention += T * attention
+    work = max(in_mlp, in_attention)
+
+    # logits and their gradient; the weight, its gradient in fp32, and a copy; hidden states
+    loss = (4 if width == 4 else 4 + width) * min(LOSS_CHUNK[device_type], T * config.vocab_size)
+    loss += (4 + width + (0 if width == 4 else width)) * embedding + T * (norm + 2 * width * C)
+    if device_type == "cpu" and width < 4:  # an addition of bf16 to fp32 makes a copy there
+        loss += 4 * embedding
+    if stays_gathered:
+        loss += (4 + width) * parameters - width * embedding
+
+    state = 0 if offload == "parameters" else 4 * parameters / num_ranks
+    return {"parameters, fp32": state, "gradients, fp32": 0 if stays_gathered else state,
+            "AdamW's moments": 2 * state, "gathered blocks": gathered, "saved activations": saved,
+            "a block at work": work, "the loss, beyond it": max(0, loss - gathered - work)}
 
 
-def choose_memory(config, args, num_ranks, available, device_type="cuda"):
-    """The first --recompute and --offload that fit, dearest in memory and cheapest in time first;
-    else the last."""
+def parameter_count(config):
+    """Weights of all matrices; biases and norms are a ten thousandth more."""
+    return config.matmul_parameters + (0 if config.tie_word_embeddings
+                                       else config.vocab_size * config.hidden_size)
+
+
+def stays_gathered(config, world_size, offload, memory):
+    """Whether a rank keeps the model whole through a batch, in bf16 with fp32 gradients: it then
+    costs one gathering and one reduction, however many micro-steps."""
+    return world_size > 1 and offload == "none" and 6 * parameter_count(config) < 0.1 * memory
+
+
+def memory_choices(config, args, num_ranks, world_size, available, device_type="cuda"):
+    """Every (--recompute, --offload) that the flags allow and memory_estimate of it, dearest in
+    memory and cheapest in time first."""
     choices = [("none", "none"), ("block", "none"), ("tiled", "none")]
     if device_type == "cuda":  # a CPU has no other memory to move to
         choices += [("block", "activations"), ("tiled", "activations"), ("block", "parameters"),
@@ -243,12 +298,18 @@ def choose_memory(config, args, num_ranks, available, device_type="cuda"):
                and args.offload in ("auto", o)]
     # a pair that only a user asks for
     choices = choices or [(args.recompute.replace("auto", "tiled"), args.offload)]
-    for recompute, offload in choices:
-        width = 2 if args.dtype == "bfloat16" else 4
-        if sum(memory_estimate(config, args.max_seq_len, num_ranks, recompute, offload,
-                               width).values()) < available:
-            break
-    return recompute, offload
+    width = getattr(torch, args.dtype).itemsize
+    return {(recompute, offload): memory_estimate(
+        config, args.max_seq_len, num_ranks, recompute, offload, width, device_type,
+        stays_gathered(config, world_size, offload, available)) for recompute, offload in choices}
+
+
+def choose_memory(config, args, num_ranks, available, device_type="cuda", world_size=None):
+    """The first of memory_choices that fits; else the last."""
+    choices = memory_choices(config, args, num_ranks, world_size or num_ranks, available,
+                             device_type)
+    return next((choice for choice, lines in choices.items() if sum(lines.values()) < available),
+                list(choices)[-1])
 
 
 def available_memory(device):
@@ -287,10 +348,7 @@ def build_model(args, config, mesh, device, memory):
     batch."""
     with torch.device("meta"):
         model = Qwen2(config)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    # whole in bf16 with whole fp32 gradients: a batch then costs one gathering and one reduction,
-    # however many micro-steps
-    keep_gathered = mesh.size() > 1 and args.offload == "none" and 6 * num_parameters < 0.1 * memory
+    keep_gathered = stays_gathered(config, mesh.size(), args.offload, memory)
     model.recompute = args.recompute
     model.offload = args.offload != "none" and args.recompute != "none"
     if args.compile:
@@ -548,7 +606,7 @@ def peak_flops(device):
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+    return next((tflops * 1e12 for part, (tflops, *_) in GPUS.items() if part in name), None)
 
 
 def check_disk(out, num_parameters, keep, dtype):
@@ -663,12 +721,12 @@ def forward_backward(model, rows, packed, scale, device, keep_gathered=False):
     return torch.stack(losses)
 
 
-def plan_batch(rows, indices, max_seq_len, config):
+def plan_batch(rows, indices, max_seq_len, config, world_size):
     """Packs a batch: [micro_step][rank] -> row numbers; also its target tokens, tokens and
     floating-point operations."""
     lengths = rows.lengths[indices]
     costs = [config.train_flops(int(n)) for n in lengths]
-    packed = data.pack(lengths, costs, max_seq_len, dist.get_world_size())
+    packed = data.pack(lengths, costs, max_seq_len, world_size)
     packed = [[[int(indices[i]) for i in documents] for documents in ranks] for ranks in packed]
     return packed, int(rows.num_targets[indices].sum()), int(lengths.sum()), sum(costs)
 
@@ -679,7 +737,7 @@ def held_out_loss(model, rows, args, device):
     loss = torch.zeros((), device=device)
     for start in range(0, len(rows), args.batch_size):
         batch = np.arange(start, min(start + args.batch_size, len(rows)))
-        packed, *_ = plan_batch(rows, batch, args.max_seq_len, model.config)
+        packed, *_ = plan_batch(rows, batch, args.max_seq_len, model.config, dist.get_world_size())
         loss += forward_backward(model, rows, [ranks[dist.get_rank()] for ranks in packed], 1.0,
                                  device).sum()
     dist.all_reduce(loss)
@@ -759,30 +817,210 @@ def greedy(model, prompts, max_new_tokens, stop_id):
     return answers
 
 
-def show_held_out(out, tokenizer, count=64, shown=4):
+def show_held_out(out, tokenizer, count=60, shown=3):
     """Prints how the exported built-in model answers problems it has not seen."""
     model = Qwen2.from_pretrained(out)
     problems = list(data.builtin_problems("heldout", count))
-    messages = [[{"role": "user", "content": p["prompt"]}] for p in problems]
+    messages = [[{"role": "user", "content": data.recipe_prompt(p)}] for p in problems]
     prompts = [tokenizer.encode(tokenizer.render(m, add_generation_prompt=True)) for m in messages]
     answers = [tokenizer.decode(ids)
-               for ids in greedy(model, prompts, 80, tokenizer.token_id(tokenizer.end_token))]
-    right = [answer.endswith(f"\\boxed{{{p['answer']}}}") for p, answer in zip(problems, answers)]
+               for ids in greedy(model, prompts, 160, tokenizer.token_id(tokenizer.end_token))]
+    right = [answer.endswith(p["bare"]) for p, answer in zip(problems, answers)]
     for problem, answer, is_right in list(zip(problems, answers, right))[:shown]:
         print(f"\n{problem['prompt']}\n{answer}   "
-              f"[{'right' if is_right else 'wrong, it is ' + problem['answer']}]")
+              f"[{'right' if is_right else 'wrong, it is ' + problem['bare']}]")
     print(f"\nheld-out problems solved: {sum(right)} of {count} ({sum(right) / count:.0%})")
+
+
+def shard_size_of(args, world_size):
+    """Ranks that share one copy of the model."""
+    shard_size = args.shard_size or world_size
+    if world_size % shard_size:
+        raise ValueError(f"--shard_size {shard_size} does not divide the {world_size} processes")
+    return shard_size
+
+
+def run_length(args, num_rows):
+    """Steps of a run."""
+    return args.max_steps or args.num_train_epochs * -(-num_rows // args.batch_size)
+
+
+# ----------------------------------------------------------------------------------------- the plan
+
+def parse_gpus(text):
+    """"2x8xH100-80GB" -> nodes 2, GPUs a node 8, "H100", TFLOP/s, GB/s, GiB. Nodes, number and
+    memory may be left out. ValueError for what is not in GPUS."""
+    parts = re.fullmatch(r"(?:(\d+)x)?(?:(\d+)x)?(.+?)(?:-(\d+)GB)?", text.strip(), re.I)
+    if not parts or re.fullmatch(r"[\dx]*", parts[3], re.I) and parts[3] not in GPUS:
+        raise ValueError(f"--plan {text}: write it as 8xH100, 2x8xH200 (nodes first) or A100-40GB")
+    numbers = [int(n) for n in parts.groups()[:2] if n]
+    name = next((n for n in GPUS if n.lower() == parts[3].replace("-", " ").lower()), None)
+    if name is None:
+        raise ValueError(f"--plan {text}: {parts[3]} is not in the table of GPUs: "
+                         f"{', '.join(GPUS)}")
+    tflops, link, sizes = GPUS[name]
+    size = int(parts[4]) if parts[4] else next(iter(sizes))
+    if size not in sizes or 0 in numbers:
+        raise ValueError(f"--plan {text}: there is no such {name}; it comes with "
+                         f"{' or '.join(f'{n} GB' for n in sizes)}, in numbers above 0")
+    nodes, gpus = ([1, 1] + numbers)[-2:]
+    return nodes, gpus, f"{name} {size} GB", tflops, link, sizes[size]
+
+
+def plan_data(rows, args, config, num_steps, world_size, most=40):
+    """The batches of a run, all counted and `most` of them, evenly spread, really packed: a dict of
+    the run's flops and tokens, and of means over the packed steps."""
+    costs = {int(n): config.train_flops(int(n)) for n in set(rows.lengths)}
+    costs = [costs[n] for n in rows.lengths.tolist()]  # whole numbers: their sums are exact
+    flops, tokens, micro_steps, filled, imbalance = 0, 0, [], [], []
+    packed_steps = {i * num_steps // min(most, num_steps) for i in range(most)}
+    for step in range(num_steps):
+        batch = data.batch_indices(len(rows), args.batch_size, args.seed, step)
+        flops += sum(costs[i] for i in batch)
+        tokens += int(rows.lengths[batch].sum())
+        if step in packed_steps:
+            packed, *_ = plan_batch(rows, batch, args.max_seq_len, config, world_size)
+            micro_steps.append(len(packed))
+            filled.append(rows.lengths[batch].sum() / len(packed) / world_size / args.max_seq_len)
+            imbalance.append(data.imbalance(packed, costs))
+    return dict(flops=flops, tokens=tokens, micro_steps=np.mean(micro_steps),
+                filled=np.mean(filled), imbalance=np.mean(imbalance), packed_steps=len(micro_steps))
+
+
+def executed_flops(config, flops, tokens, recompute):
+    """With the blocks' second forward pass, a third of theirs; the loss is not computed again."""
+    return flops if recompute == "none" else flops * 4 / 3 - 2 * config.vocab_size \
+        * config.hidden_size * tokens
+
+
+def step_traffic(config, world_size, shard_size, gpus, link, exchanges, width):
+    """[(what, bytes a GPU sends in a step, GB/s, over what)]. `exchanges` is how often a step
+    gathers and reduces: once a micro-step, or once. A ring of n passes on (n - 1) / n of what it
+    gathers or reduces, twice that where it does both."""
+    def over(size):
+        return (link, "inside a node") if size <= gpus else (NETWORK, "between nodes")
+    n, replicas, parameters = shard_size, world_size // shard_size, parameter_count(config)
+    traffic = [("2 all-gathers of weights", 2 * width * parameters * (n - 1) / n, *over(n)),
+               ("reduce-scatter of gradients, fp32", 4 * parameters * (n - 1) / n, *over(n))]
+    if replicas > 1:
+        traffic.append(("all-reduce over copies, fp32", 2 * (replicas - 1) / replicas * 4
+                        * parameters / n, *over(world_size)))
+    return [(what, exchanges * size, *rest) for what, size, *rest in traffic]
+
+
+def host_memory(config, args, gpus, num_ranks, recompute, offload):
+    """[(what, bytes)] that a run puts into the memory of a node."""
+    def pinned(size):  # PyTorch rounds pinned memory up to powers of two
+        return 2 ** math.ceil(math.log2(size))
+    width, T, C = getattr(torch, args.dtype).itemsize, args.max_seq_len, config.hidden_size
+    held = []
+    if offload != "none" and recompute != "none":
+        block = pinned(T * C * width) + 2 * pinned(T * config.head_dim * width)  # x, cos, sin
+        if recompute == "tiled":
+            block += -(-T // MLP_TILE) * pinned(min(T, MLP_TILE) * C * width)
+        held.append(("inputs of recomputation, pinned", gpus * config.num_hidden_layers * block))
+    if offload == "parameters":
+        held.append(("parameters, gradients and moments",
+                     gpus * 16 * parameter_count(config) / num_ranks))
+    return held + [("the export's largest tensor", width * config.vocab_size * C)]
+
+
+def print_memory(choices, chosen, total):
+    """Choices as columns, what memory is for as rows. `total` is the device's bytes."""
+    def row(name, cells):
+        cells = [c if isinstance(c, str) else f"{c / 2 ** 30:.1f}" for c in cells]
+        print(f"{name:27}" + "".join(f"{cell:>10}" for cell in cells))
+    sums = [sum(lines.values()) + (1 - MEMORY_SHARE["cuda"]) * total for lines in choices.values()]
+    row("GiB a GPU, at its peak", [])
+    row("  --recompute", [recompute for recompute, _ in choices])
+    row("  --offload", [{"activations": "activat.", "parameters": "param."}.get(offload, offload)
+                        for _, offload in choices])
+    for name in next(iter(choices.values())):
+        row("  " + name, [lines[name] for lines in choices.values()])
+    # the context of CUDA, NCCL, what the allocator cannot use
+    row(f"  reserve, {1 - MEMORY_SHARE['cuda']:.0%} of the GPU",
+        [(1 - MEMORY_SHARE["cuda"]) * total] * len(sums))
+    row("  sum", sums)
+    row(f"  fits into {total / 2 ** 30:.1f}",
+        ["no" if size >= total else "chosen" if choice == chosen else "yes"
+         for choice, size in zip(choices, sums)])
+
+
+def print_input(args, rows, config, num_steps, plan):
+    """Model, rows, steps, and how the packing of plan_data came out."""
+    print(f"{args.model}: {parameter_count(config) / 1e9:.2f} B parameters, {args.dtype} products\n"
+          f"{len(rows):,} rows, {rows.lengths.sum():,} tokens, {rows.num_targets.sum():,} of them "
+          f"targets; mean {rows.lengths.mean():,.0f} tokens, longest {rows.lengths.max():,}\n"
+          f"{num_steps:,} steps of up to {args.batch_size} rows; {plan['micro_steps']:.2f} packed "
+          f"rows a GPU and step (micro-steps), {plan['filled']:.0%} of\n  {args.max_seq_len:,} "
+          f"tokens full, the dearest GPU {plan['imbalance']:.3f} of the mean "
+          f"({plan['packed_steps']} steps packed)\n")
+
+
+def print_cost(args, config, plan, num_steps, recompute, traffic, world_size, tflops):
+    """Time and money at --mfu, beside what a step sends and what the published run took."""
+    executed = executed_flops(config, plan["flops"], plan["tokens"], recompute)
+    hours = plan["flops"] / (world_size * tflops * 1e12 * args.mfu) / 3600
+    dollars = hours * world_size * args.dollars_per_gpu_hour
+    print(f"\na step: {plan['flops'] / num_steps:.2e} FLOP, {executed / num_steps:.2e} with what "
+          f"is computed again: {hours * 3600 / num_steps:.1f} s at an MFU\n  of {args.mfu:.0%}; a "
+          f"GPU sends meanwhile, at the full speed of its links")
+    for what, size, speed, where in traffic:
+        print(f"    {what:34}{size / 1e9:9.2f} GB{size / 1e9 / speed:8.2f} s at {speed} GB/s "
+              f"{where}")
+    print(f"the run: {plan['flops']:.2e} FLOP, {hours:.2f} hours, {hours * world_size:.1f} "
+          f"GPU-hours, {dollars:,.2f} dollars at {args.dollars_per_gpu_hour} an hour\n"
+          f"  An MFU of {args.mfu:.0%} is assumed (--mfu), not measured here; torchtitan reports "
+          f"33 to 39 %\n  for FSDP of an 8B on H100. Loading, saving and export are not counted.")
+    same_count = plan["flops"] / (PUBLISHED["gpu_hours"] * 3600 * GPUS["H100"][0] * 1e12)
+    print("Sky-T1-32B-Preview: 19 h, 152 GPU-hours, 450 dollars as published"
+          + (f", {same_count:.1%} MFU by this count"
+             if 0.8 < plan["flops"] / PUBLISHED["flops"] < 1.25 else ""))
+
+
+def print_plan(args):
+    """Prints what the run of these flags would need on the GPUs of --plan, from config.json and the
+    data's lengths alone. ValueError, after the table, if it does not fit."""
+    nodes, gpus, name, tflops, link, gib = parse_gpus(args.plan)
+    world_size, total = nodes * gpus, gib * 2 ** 30
+    shard_size = shard_size_of(args, world_size)
+    model_dir = data.find_model(args.model, weights=False)
+    config, tokenizer = Qwen2Config.from_pretrained(model_dir), data.load_tokenizer(model_dir)
+    data.check_against_model(args, config, tokenizer)
+    rows, _ = load_data(args, config, tokenizer)
+    num_steps = run_length(args, len(rows))
+    plan = plan_data(rows, args, config, num_steps, world_size)
+    memory = MEMORY_SHARE["cuda"] * total
+    choices = memory_choices(config, args, shard_size, world_size, memory)
+    recompute, offload = choose_memory(config, args, shard_size, memory, world_size=world_size)
+
+    print(f"\n{world_size} x {name}" + (f" in {nodes} nodes of {gpus}" if nodes > 1 else "")
+          + f" ({gib} GiB, {tflops} TFLOP/s dense bf16 each)"
+          + (f", {shard_size} share a copy" if shard_size < world_size else ""))
+    print_input(args, rows, config, num_steps, plan)
+    print_memory(choices, (recompute, offload), total)
+    for what, size in host_memory(config, args, gpus, shard_size, recompute, offload):
+        print(f"host memory of a node, {what}: {size / 2 ** 30:.1f} GiB")
+    once = stays_gathered(config, world_size, offload, memory)
+    traffic = step_traffic(config, world_size, shard_size, gpus, link,
+                           1 if once else plan["micro_steps"], getattr(torch, args.dtype).itemsize)
+    print_cost(args, config, plan, num_steps, recompute, traffic, world_size, tflops)
+    missing = min(sum(lines.values()) for lines in choices.values()) - memory
+    if missing >= 0:
+        raise ValueError(f"{args.plan} does not fit: the leanest of these choices lacks "
+                         f"{missing / 2 ** 30:.1f} GiB a GPU; take more GPUs, a lower "
+                         f"--max_seq_len, or --recompute auto --offload auto")
 
 
 def main():
     """One run: processes, input, model, output folder, the loop, the finished folder."""
     args = parse_arguments()
+    if args.plan is not None:
+        return print_plan(args)
 
     # 1. processes
     rank, world_size, device = start_processes(args.deterministic)
-    shard_size = args.shard_size or world_size
-    if world_size % shard_size:
-        raise ValueError(f"--shard_size {shard_size} does not divide the {world_size} processes")
+    shard_size = shard_size_of(args, world_size)
     mesh = init_device_mesh(device.type, (world_size // shard_size, shard_size),
                             mesh_dim_names=("replicate", "shard"))
     mesh = mesh if shard_size < world_size else mesh["shard"]
@@ -806,12 +1044,13 @@ def main():
     generation = agreed(generation_config, model_dir,
                         tokenizer.token_id(args.end_token or tokenizer.end_token),
                         tokenizer.pad_token_id)
-    num_steps = args.max_steps or args.num_train_epochs * -(-len(rows) // args.batch_size)
+    num_steps = run_length(args, len(rows))
     warmup_steps = math.ceil(args.warmup_ratio * num_steps)
 
     # 3. model and optimizer
     memory = available_memory(device)
-    args.recompute, args.offload = choose_memory(config, args, shard_size, memory, device.type)
+    args.recompute, args.offload = choose_memory(config, args, shard_size, memory, device.type,
+                                                 world_size)
     model, keep_gathered = build_model(args, config, mesh, device, memory)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=0.0, fused=True)
@@ -839,7 +1078,8 @@ def main():
     while step < num_steps and not stop:
         start = time.perf_counter()
         batch = data.batch_indices(len(rows), args.batch_size, args.seed, step)
-        packed, num_targets, num_tokens, flops = plan_batch(rows, batch, args.max_seq_len, config)
+        packed, num_targets, num_tokens, flops = plan_batch(rows, batch, args.max_seq_len, config,
+                                                            world_size)
         mine = [ranks[rank] for ranks in packed]
         learning_rate = args.learning_rate * learning_rate_factor(step, warmup_steps, num_steps)
         for group in optimizer.param_groups:
@@ -885,7 +1125,7 @@ def main():
         print(f"finished: {out} is a Hugging Face folder; its loss curve is {out}/loss.svg")
         if model_dir in BUILTIN:
             show_held_out(out, tokenizer)
-            print(f"\nnext: python data.py builtin:worked:40000 --model {out}    (its rows)\n"
+            print(f"\nnext: python data.py builtin:worked --model {out}    (its rows)\n"
                   "      python train.py --model DIR --data rows.jsonl    (a model of your own)")
 
 

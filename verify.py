@@ -2515,16 +2515,16 @@ def verify_lines(lines, options):
 
 
 def brief(row):
-    """What the summary needs of a verified row: (source, problem, passed, vote, tokens, reason).
-    The votes for one answer are equal: all correct ones, and wrong ones of one spelling; no
+    """What the summary needs of a verified row: (model, source, problem, passed, vote, tokens,
+    reason). The votes for one answer are equal: all correct ones, and wrong ones of one spelling; no
     answer is "", and a program has no vote."""
     vote = None if row["kind"] == "code" else ""
     if vote is not None and row["extracted"] is not None:
         vote = "correct" if row["passed"] else "wrong: " + squash(row["extracted"])
     tokens = row.get("num_tokens")
     reason = re.sub(r" on test \d+$", "", row["reason"])
-    return (str(row.get("source", "")), problem_key(row), row["passed"], vote,
-            tokens if isinstance(tokens, int) else None, reason)
+    return (str(row.get("model") or ""), str(row.get("source", "")), problem_key(row),
+            row["passed"], vote, tokens if isinstance(tokens, int) else None, reason)
 
 
 def problem_key(row):
@@ -2542,38 +2542,47 @@ class BadInput(Exception):
 
 
 class Summary:
-    """Counts by problem: the memory it takes grows with the problems, not with the samples'
-    text."""
+    """Counts by model, source and problem: the memory it takes grows with the problems, not with
+    the samples' text."""
 
     def __init__(self):
-        self.problems, self.tokens, self.reasons = {}, {}, {}
+        self.groups = {}  # by (model, source): by problem [samples, passed, votes]; tokens; reasons
 
-    def add(self, source, problem, passed, vote, tokens, reason):
-        counts = self.problems.setdefault(source, {}).setdefault(problem, [0, 0, {}])
+    def add(self, model, source, problem, passed, vote, tokens, reason):
+        problems, total, reasons = self.groups.setdefault((model, source), ({}, [0, 0], {}))
+        counts = problems.setdefault(problem, [0, 0, {}])
         counts[0] += 1
         counts[1] += passed
         if vote is not None:
             counts[2][vote] = counts[2].get(vote, 0) + 1
-        total = self.tokens.setdefault(source, [0, 0])
         if tokens is not None:
             total[0] += tokens
             total[1] += 1
-        reasons = self.reasons.setdefault(source, {})
         reasons[reason] = reasons.get(reason, 0) + 1
 
     def rows(self):
-        """One dict for each source, and one for all."""
-        rows = [score(source, list(self.problems[source].values()), self.tokens[source],
-                      self.reasons[source]) for source in sorted(self.problems)]
-        if len(rows) != 1:
-            reasons = {}
-            for by_source in self.reasons.values():
-                for reason, count in by_source.items():
-                    reasons[reason] = reasons.get(reason, 0) + count
-            tokens = [sum(total[i] for total in self.tokens.values()) for i in (0, 1)]
-            rows.append(score("all", [counts for problems in self.problems.values()
-                                      for counts in problems.values()], tokens, reasons))
+        """One dict for each source of each model, and one for all of a model's if it has
+        several."""
+        rows, models = [], sorted({model for model, _ in self.groups}) or [""]
+        for model in models:
+            groups = {source: group for (name, source), group in sorted(self.groups.items())
+                      if name == model}
+            if len(groups) != 1:
+                groups["all"] = merged(groups.values())
+            rows += [{"model": model} | score(source, list(problems.values()), tokens, reasons)
+                     for source, (problems, tokens, reasons) in groups.items()]
         return rows
+
+
+def merged(groups):
+    """The counts of several groups of problems as those of one."""
+    problems, total, reasons = {}, [0, 0], {}
+    for number, (counts, tokens, by_reason) in enumerate(groups):
+        problems |= {(number, problem): count for problem, count in counts.items()}
+        total = [a + b for a, b in zip(total, tokens, strict=True)]
+        for reason, count in by_reason.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    return problems, total, reasons
 
 
 def score(source, problems, tokens, reasons):
@@ -2614,22 +2623,55 @@ def majority(votes):
     return ("correct" in leaders) / len(leaders)
 
 
+# Accuracies as published (novasky-ai.github.io/posts/sky-t1; MATH500 after the prompt's repair), by
+# the names of data.EVALUATIONS.
+MODELS = ("Sky-T1-32B-Preview", "Qwen2.5-32B-Instruct", "QwQ-32B-Preview", "o1-preview")
+PUBLISHED = {
+    "math500": (86.4, 81.4, 92.2, 81.4),
+    "aime24": (43.3, 16.7, 50.0, 40.0),
+    "livecodebench_easy": (86.3, 84.6, 90.7, 92.9),
+    "livecodebench_medium": (56.8, 40.8, 56.3, 54.9),
+    "livecodebench_hard": (17.9, 9.8, 17.1, 16.3),
+    "gpqa_diamond": (56.8, 45.5, 52.5, 75.2),
+}
+
+
+def published(rows):
+    """The published accuracies of the rows' sources, a line each. Their standard error is that of
+    one answer to each of as many problems as a row has: 9 points for AIME's 30."""
+    lines = []
+    for row in rows:
+        if row["source"] in PUBLISHED:
+            beside = [f"{name} {score} ± {math.sqrt(score * (100 - score) / row['problems']):.1f}"
+                      for name, score in zip(MODELS, PUBLISHED[row["source"]], strict=True)]
+            lines.append(f"{row['source']} as published: {', '.join(beside)}")
+    return lines
+
+
 def table(rows):
+    """The rows as text; the models' names only where there are several. The reasons are counted
+    over everything."""
     def percent(value):
         return "-" if value is None else f"{100 * value:.1f}"
-    lines = [["source", "problems", "samples", "accuracy", "pass@k", "majority", "tokens"]]
+    lines = [["model", "source", "problems", "samples", "accuracy", "pass@k", "majority", "tokens"]]
+    reasons = {}
     for row in rows:
         error = "" if row["standard_error"] is None else f" ± {percent(row['standard_error'])}"
         chances = ", ".join(f"{k}: {percent(p)}" for k, p in row["pass_at_k"].items())
         tokens = "-" if row["mean_tokens"] is None else f"{row['mean_tokens']:.0f}"
-        lines.append([row["source"] or "-", str(row["problems"]), str(row["samples"]),
-                      percent(row["accuracy"]) + error, chances,
+        lines.append([row["model"] or "-", row["source"] or "-", str(row["problems"]),
+                      str(row["samples"]), percent(row["accuracy"]) + error, chances,
                       f"{percent(row['majority'])} @{row['n']}", tokens])
+        if row["source"] != "all" or len(rows) == 1:
+            for reason, count in row["reasons"].items():
+                reasons[reason] = reasons.get(reason, 0) + count
+    first = 0 if len({row["model"] for row in rows}) > 1 else 1
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines]
-    reasons = rows[-1]["reasons"].items() if rows else ()
-    return "\n".join([*text, "", "; ".join(f"{reason} {count}" for reason, count in reasons)])
+    text = ["  ".join(cell.ljust(width) for cell, width in
+                      list(zip(line, widths, strict=True))[first:]).rstrip() for line in lines]
+    reasons = sorted(reasons.items(), key=lambda item: -item[1])
+    return "\n".join([*text, *dict.fromkeys(published(rows)), "",
+                      "; ".join(f"{reason} {count}" for reason, count in reasons)])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2785,7 +2827,7 @@ def main():
             out.write(line + "\n")
             out.flush()
             summary.add(*facts)
-            passed += facts[2]
+            passed += facts[3]
             progress.update()
             progress.set_postfix(passed=passed, refresh=False)
     rows = summary.rows()

@@ -31,7 +31,7 @@ SHAPES = {  # what the published sizes differ in, in small
 
 
 def small_config(**changes):
-    return Qwen2Config(**{**dict(vocab_size=263, hidden_size=64, intermediate_size=96,
+    return Qwen2Config(**{**dict(vocab_size=270, hidden_size=64, intermediate_size=96,
                                  num_hidden_layers=2,
                                  num_attention_heads=4, num_key_value_heads=2,
                                  max_position_embeddings=512), **changes})

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import data
+import verify
 from conftest import ROOT, run_script, shared_file, small_config
 from data import (IGNORE, assemble, batch_indices, builtin_problems, builtin_tokenizer,
                   encode_conversation, epoch_order,
@@ -505,16 +507,45 @@ def test_assembled_rows_shift_targets_within_documents():
 
 # ------------------------------------------------------------------------------------ built-in task
 
-def test_builtin_problems_are_right_and_splits_are_disjoint():
-    train, held_out = list(builtin_problems("train", 3000)), list(builtin_problems("heldout", 500))
-    assert not {p["prompt"] for p in train} & {p["prompt"] for p in held_out}
-    for problem in train[:200]:
-        assert eval(problem["prompt"][:-2]) == int(problem["answer"])
-        assert problem["solution"].endswith(f"\\boxed{{{problem['answer']}}}")
-        for step in problem["solution"].splitlines()[:-1]:
-            left, right = step.split("=")
-            assert eval(left) == int(right)
-    assert list(builtin_problems("train", 5)) == train[:5]
+def test_builtin_problems_are_right_by_verify_and_their_steps_hold():
+    for split in ("rows", "train", "heldout", "harder"):
+        problems = list(builtin_problems(split, 90))
+        assert {p["kind"] for p in problems} == {"math", "choice", "code"}
+        for problem in problems:
+            right = problem.get("answer") or problem["tests"]
+            judge = getattr(verify, "verify_" + problem["kind"])
+            assert judge(problem["solution"], right).passed
+            assert judge(problem["bare"], right).passed
+            for step in problem["solution"].splitlines():
+                if re.fullmatch(r"[\d+]+=\d+", step):
+                    left, result = step.split("=")
+                    assert eval(left) == int(result)
+
+
+def test_programs_multiply_out_what_the_problem_says():
+    for problem in list(builtin_problems("train", 60))[2::3]:
+        steps = problem["prompt"].partition("x ")[2].split()
+        for test in problem["tests"]:
+            value = test["args"][0]
+            for step in steps:
+                value = eval(f"value {step}")
+            assert value == test["expected"]
+
+
+def test_builtin_splits_share_no_problem_and_harder_ones_are_all_long():
+    splits = {split: {p["prompt"]: p for p in builtin_problems(split, 900)}
+              for split in ("rows", "train", "heldout", "harder")}
+    assert all(len(problems) == 900 for problems in splits.values())
+    for split in ("rows", "train"):
+        assert not splits[split].keys() & (splits["heldout"] | splits["harder"]).keys()
+    for family in data.SIZES:
+        lengths = {split: [p["solution"].count("\n") for p in problems.values()
+                           if p["source"] == family] for split, problems in splits.items()}
+        longest = max(lengths["train"])
+        assert set(lengths["harder"]) == {longest}
+        assert all(0.05 < np.mean(np.array(lengths[split]) == longest) < 0.25
+                   for split in ("rows", "train", "heldout"))
+    assert list(builtin_problems("train", 5)) == list(splits["train"].values())[:5]
 
 
 # --------------------------------------------------------------------------------- reading problems
@@ -764,8 +795,31 @@ def test_problems_of_folders_and_shards_are_named_by_their_files(tmp_path):
 def test_builtin_problems_by_name():
     found = list(read_problems(["builtin:train:3", "builtin:heldout:2"], Counter()))
     assert found == [*builtin_problems("train", 3), *builtin_problems("heldout", 2)]
-    with pytest.raises(ValueError, match="builtin:train and builtin:heldout, each with :COUNT"):
+    with pytest.raises(ValueError, match="builtin:train, builtin:heldout and builtin:harder, each"):
         list(read_problems(["builtin:worked"]))
+
+
+def test_benchmarks_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    problems(tmp_path / "aime_2024.jsonl", {"problem": "P", "answer": "1"})
+    problems(tmp_path / "MATH-500.jsonl", {"problem": "P", "answer": "1"})
+    problems(tmp_path / "gsm8k_test.jsonl", {"question": "P", "answer": "#### 1"})
+    for name in ("aime24", "math500", "gsm8k"):
+        found, = read_problems([tmp_path / name])
+        assert found["source"] == name
+    monkeypatch.chdir(tmp_path)
+    assert [p["source"] for p in read_problems(["math500", "aime24"])] == ["math500", "aime24"]
+    (tmp_path / "livecodebench").mkdir()
+    for n in (1, 2, 3):
+        problems(tmp_path / "livecodebench" / f"test{n if n > 1 else ''}.jsonl",
+                 livecodebench("[]") | {"difficulty": ["easy", "hard", "medium"][n - 1],
+                                        "question_id": str(n)})
+    assert [p["source"] for p in read_problems(["livecodebench"])] == [
+        "livecodebench_easy", "livecodebench_hard"]  # version 2
+    with pytest.raises(FileNotFoundError, match="holds no file of aime25"):
+        list(read_problems([tmp_path / "aime25"]))
+    with pytest.raises(FileNotFoundError, match="math-ai/aime25 is neither a path"):
+        list(read_problems(["aime25"]))
 
 
 def test_the_choice_prompt_names_as_many_letters_as_there_are_options(tmp_path):
@@ -795,7 +849,7 @@ def test_the_command_shows_counts_lengths_packing_and_one_row(model_dir, rows_fi
     (["builtin:worked:10", "--model", "builtin:tiny", "--batch_size", "0"],
      "--batch_size 0: must be above 0"),
     (["builtin:worked:10", "--model", "./nowhere"], "./nowhere does not exist"),
-    (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "100", "--row", "99"],
+    (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "200", "--row", "99"],
      "the rows kept are 0 to 9"),
     (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "5"],
      "no row left to train on")])

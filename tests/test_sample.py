@@ -254,8 +254,11 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
         else:
             text = body["messages"][-1]["content"]
             self.served.append(text)
+            message = {"content": f"7 of {len(text)}"}
+            if body["model"] == "thinker":  # a thought of its own field, and one that was cut
+                message = {"reasoning_content": "Hm.", "content": "So 7." if turn else None}
             self.reply(200, json.dumps({
-                "choices": [{"message": {"content": f"7 of {len(text)}"},
+                "choices": [{"message": message,
                              "finish_reason": "length" if "1+1+1" in text else "stop"}],
                 "usage": {"completion_tokens": 5}}).encode())
 
@@ -303,6 +306,29 @@ def test_a_faulty_server_loses_nothing_and_answers_nothing_twice(server, problem
     before = out.read_bytes()
     call(monkeypatch, *flags)
     assert len(FaultyServer.served) == 24 and out.read_bytes() == before
+
+
+def test_a_thought_that_the_server_splits_off_comes_first(server, problems, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    call(monkeypatch, "--endpoint", server, "--endpoint_model", "thinker", "--problems", problems,
+         "--out", out)
+    assert {row["response"] for row in rows_of(out)} == {"Hm.", "Hm.\n\nSo 7."}
+
+
+def test_an_error_of_one_request_keeps_the_answers_of_the_others(problems, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--endpoint", "http://x/v1", "--endpoint_model",
+                                      "m", "--problems", str(problems), "--concurrency", "4",
+                                      "--out", str(tmp_path / "out.jsonl")])
+
+    def answer(self, job):
+        if job.row["id"] == "2":
+            raise ValueError("refused")
+        time.sleep(0.3)
+        return job, "7", "stop", 1
+    monkeypatch.setattr(sample.Endpoint, "answer", answer)
+    with pytest.raises(ValueError, match="refused"):
+        sample.main()
+    assert {"0", "1", "3"} <= {row["id"] for row in rows_of(tmp_path / "out.jsonl")}
 
 
 def test_a_wrong_key_and_no_server_are_one_line(server, problems, tmp_path, monkeypatch):

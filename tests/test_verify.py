@@ -387,7 +387,7 @@ def test_scores_are_means_over_problems_with_their_standard_error():
     summary = verify.Summary()
     for problem, verdicts in (("a", "110"), ("b", "000"), ("c", "111")):
         for number, passed in enumerate(verdicts):
-            summary.add("toy", problem, passed == "1", "correct" if passed == "1"
+            summary.add("m", "toy", problem, passed == "1", "correct" if passed == "1"
                         else f"wrong: {number % 2}", 10, "correct")
     row = summary.rows()[0]
     assert math.isclose(row["accuracy"], (2 / 3 + 0 + 1) / 3)

@@ -306,8 +306,9 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
     def heads(self, x, cos, sin):  # sample.fuse puts one product and one rotation in its place
-        """x (B, T, C) -> q (B, H, T, D), k and v (B, Hkv, T, D)"""
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        B, T, C = x.shape
+        # (B, H, T, D) and twice (B, Hkv, T, D)
+        q, k, v = (project(x).view(B, T, -1, self.head_dim).transpose(1, 2)
                    for project in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 

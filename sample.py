@@ -12,10 +12,12 @@ fp32; in bf16 for one number of slots).
 """
 import argparse
 import concurrent.futures
+import fcntl
 import hashlib
 import http.client
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -24,6 +26,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from array import array
 from collections import deque
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -63,52 +66,94 @@ def stream_key(seed, stream):
     return int.from_bytes(digest, "little", signed=True)
 
 
-def uniform(keys, counts):
-    """The counts-th numbers of streams: keys, counts (B,) int64 -> (B,) float64 in [0, 1).
-    SplitMix64 (Steele et al., OOPSLA 2014): integers only, so the same on every device."""
+def mixed(z):
+    """SplitMix64's output function (Steele et al., OOPSLA 2014) of int64 numbers: integers only, so
+    the same on every device."""
     def shifted(z, bits):  # logical: int64 shifts copy the sign
         return (z >> bits) & ((1 << (64 - bits)) - 1)
-    z = keys + (counts + 1) * -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
     z = (z ^ shifted(z, 30)) * -0x40A7B892E31B1A47
     z = (z ^ shifted(z, 27)) * -0x6B2FB644ECCEEE15
-    return shifted(z ^ shifted(z, 31), 11).double() * 2.0 ** -53
+    return z ^ shifted(z, 31)
+
+
+def uniform(keys, counts, ids):
+    """Numbers in [0, 1) of streams: keys, counts (B,) int64, ids (B, K) -> (B, K) float64; each
+    depends on its key, count and id alone."""
+    golden = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
+    z = mixed(mixed(keys + (counts + 1) * golden)[:, None] + (ids + 1) * golden)
+    return ((z >> 11) & ((1 << 53) - 1)).double() * 2.0 ** -53
 
 
 def choose(logits, sampling, keys, counts, seen=None):
     """A token for each row: logits (B, V), keys and counts (B,) of the rows' streams, seen (B, V)
-    bool for a repetition penalty -> (B,). Each row depends on itself alone."""
+    bool for a repetition penalty -> (B,). Each row depends on itself alone.
+
+    A draw is a race: the largest log p + Gumbel noise (arXiv 1411.0030), where each id has noise of
+    its own. So logits that differ in their last bits, as those of another batch may, change a token
+    once in a million draws, where a walk along the cumulated p changes it once in some hundred.
+    """
     logits = logits.float()
-    if sampling.num_ids is not None and sampling.num_ids < logits.shape[-1]:
+    B, V = logits.shape
+    if sampling.num_ids is not None and sampling.num_ids < V:
         logits[:, sampling.num_ids:] = -torch.inf
     if sampling.repetition_penalty != 1.0:  # arXiv 1909.05858, as transformers has it
         penalised = torch.where(logits > 0, logits / sampling.repetition_penalty,
                                 logits * sampling.repetition_penalty)
         logits = torch.where(seen, penalised, logits)
     if sampling.temperature == 0:
-        return logits.max(-1).indices  # on a CPU faster than argmax
+        return logits.argmax(-1)
     logits = logits / sampling.temperature
-    index = None
+    everything = logits
     if sampling.top_k:
-        logits, index = logits.topk(min(sampling.top_k, logits.shape[-1]))
-    probabilities = logits.double().softmax(-1)
+        logits, ids = logits.topk(min(sampling.top_k, V))
+    elif sampling.top_p == 1 and few_first(logits):
+        logits, ids = logits.topk(FIRST)
+    else:
+        ids = torch.arange(V, device=logits.device).expand(B, V)
+    score = logits.double()
     if sampling.top_p < 1:
-        probabilities, order = descending(probabilities, sampling.top_p)
-        index = order if index is None else index.gather(-1, order)
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities * (before < sampling.top_p)
-    total = probabilities.cumsum(-1)  # (B, K)
-    target = uniform(keys, counts)[:, None] * total[:, -1:]
-    pick = torch.searchsorted(total, target, right=True).clamp(max=total.shape[-1] - 1)
-    return (pick if index is None else index.gather(-1, pick))[:, 0]
+        p, order = descending(score.softmax(-1), sampling.top_p)
+        ids = ids.gather(-1, order)
+        score = p.log().masked_fill(p.cumsum(-1) - p >= sampling.top_p, -torch.inf)
+    score = score - (-uniform(keys, counts, ids).log()).log()  # Gumbel: -log(-log u)
+    best, place = score.max(-1, keepdim=True)
+    chosen = ids.gather(-1, place)[:, 0]
+    if sampling.top_p == 1 and not sampling.top_k and few_first(everything):
+        beyond_first(chosen, best[:, 0], everything, ids, keys, counts)
+    return chosen
+
+
+FIRST = 1024
+
+
+def few_first(logits):
+    """On a CPU the most likely tokens are tried before the whole vocabulary; on CUDA the question
+    whether they are enough would cost a wait."""
+    return logits.device.type == "cpu" and logits.shape[-1] > FIRST
+
+
+def beyond_first(chosen, best, logits, first, keys, counts):
+    """All tokens but the first enter the race as one; where it wins, it is drawn which. Changes
+    chosen (B,) in place; best (B,) is what the first (B, FIRST) ids ran."""
+    rest = logits.scatter(-1, first, -torch.inf)
+    names = torch.full_like(first[:, :2], logits.shape[-1]) + torch.arange(2)  # ids that no token has
+    u = uniform(keys, counts, names)
+    rows = (rest.logsumexp(-1).double() - (-u[:, 0].log()).log() > best).nonzero()[:, 0]
+    if len(rows):
+        total = rest[rows].double().softmax(-1).cumsum(-1)
+        chosen[rows] = torch.searchsorted(total, u[rows, 1:] * total[:, -1:], right=True)[:, 0]
 
 
 def descending(probabilities, mass):
-    """The most likely tokens first, as many as it takes for `mass`. On a CPU the first thousand
-    are tried before the whole vocabulary is sorted; on CUDA the question would cost a wait."""
-    if probabilities.device.type == "cpu" and probabilities.shape[-1] > 1024:
-        top, index = probabilities.topk(1024)
-        if (top.sum(-1) >= mass).all():
-            return top, index
+    """(probabilities, ids) from the most likely on, at least as many as it takes for `mass`; equals
+    in the order of their ids."""
+    if few_first(probabilities):
+        top, index = probabilities.topk(FIRST)
+        index, order = index.sort(-1)
+        top, order = top.gather(-1, order).sort(descending=True, stable=True)
+        # what equals the last may go on beyond the first
+        if ((top * (top > top[:, -1:])).sum(-1) >= mass).all():
+            return top, index.gather(-1, order)
     return probabilities.sort(descending=True, stable=True)
 
 
@@ -142,17 +187,19 @@ class Engine:
         self.device, self.length = parameter.device, length
         self.interval = INTERVAL[self.device.type]
         self.compact = self.device.type == "cpu" and parameter.dtype == torch.float32
-        self.cache = KeyValueCache(model.config, num_slots, length + self.interval,
-                                   parameter.dtype, self.device,
+        # in whole steps of 64: attention over a remainder rounds otherwise in bf16
+        cells = -(-(length + self.interval) // 64) * 64
+        self.cache = KeyValueCache(model.config, num_slots, cells, parameter.dtype, self.device,
                                    getattr(model, "num_key_value_heads", None))
         self.rows = [None] * num_slots       # the requests
         self.prompts = [None] * num_slots    # what a slot's cache begins with, and its logits
         self.input_ids, self.positions, self.keys, self.counts, self.live = (
             torch.zeros(num_slots, dtype=torch.long, device=self.device) for _ in range(5))
-        self.positions += length + self.interval - 1
+        self.positions += cells - 1
         self.seen = torch.zeros(num_slots, model.config.vocab_size, dtype=torch.bool,
                                 device=self.device) if sampling.repetition_penalty != 1 else None
         self.graphs = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.num_steps = self.num_tokens = 0
 
     @torch.inference_mode()
@@ -264,7 +311,7 @@ class Engine:
                     self.step(B, length)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.pool):  # one for all: none outlives its step
                 self.step(B, length)
             for tensor, before in zip((self.input_ids, self.positions, self.counts), state,
                                       strict=True):
@@ -289,6 +336,44 @@ class Engine:
                 self.prompts[target] = self.prompts[source]
 
 
+def free_memory(device):
+    """Bytes that this process may still take: of the GPU, or its share of the host's (or of its
+    control group's)."""
+    if torch.device(device).type == "cuda":
+        return 0.9 * torch.cuda.mem_get_info(device)[0]
+    free, group = [], Path("/sys/fs/cgroup")
+    if found := re.search(r"MemAvailable: +(\d+) kB", read_if_there("/proc/meminfo")):
+        free.append(int(found[1]) * 1024)
+    if (limit := read_if_there(group / "memory.max").strip()).isdigit():
+        used = re.search(r"^anon (\d+)", read_if_there(group / "memory.stat"), re.M)
+        free.append(int(limit) - int(used[1] if used else 0))
+    free = min(free, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return 0.8 * free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def read_if_there(path):
+    return Path(path).read_text() if os.path.exists(path) else ""
+
+
+def check_weights_fit(config, dtype, device, ranks):
+    """ValueError if a rank's weights are more than its device has free."""
+    embeddings = config.vocab_size * config.hidden_size
+    whole = embeddings * (1 if config.tie_word_embeddings else 2)
+    blocks = config.matmul_parameters - embeddings
+    free, gib = free_memory(device), 2 ** 30
+    wanted = (blocks / ranks + whole) * dtype.itemsize
+    if wanted > free:
+        enough = [n for n in (2, 4, 8, 16) if n > ranks and config.num_key_value_heads % n == 0
+                  and (blocks / n + whole) * dtype.itemsize < free]
+        remedies = ["--dtype bfloat16"] * (dtype == torch.float32 and wanted / 2 < free)
+        if torch.device(device).type == "cuda":
+            remedies += [f"--tensor_parallel {enough[0]}"] * bool(enough)
+        raise ValueError(f"the weights take {wanted / gib:.1f} GiB, {device} has {free / gib:.1f} "
+                         f"free: {(wanted - free) / gib:.1f} are missing; "
+                         + (" or ".join(remedies) + " would fit" if remedies
+                            else "take a smaller model or an --endpoint"))
+
+
 def plan_slots(model, length, max_batch_tokens=None, most=None):
     """How many rows of `length` tokens the cache may have, from the memory that the device has
     free. Raises ValueError that says how much is missing."""
@@ -298,12 +383,13 @@ def plan_slots(model, length, max_batch_tokens=None, most=None):
                    * parameter.element_size())
     most = most or SLOTS[parameter.device.type]
     if max_batch_tokens is None:
-        if parameter.device.type == "cuda":
-            free = torch.cuda.mem_get_info(parameter.device)[0] * 0.9
-        else:
-            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") * 0.5
-        work = 4 * most * config.vocab_size * 8 + 16 * length * config.intermediate_size
-        max_batch_tokens = int((free - work) // token_bytes)
+        # a row's logits, probabilities, their order and sums, mostly in float64; a prompt's MLP
+        work = 64 * most * config.vocab_size + 16 * length * config.intermediate_size
+        max_batch_tokens = int((free_memory(parameter.device) - work) // token_bytes)
+    if heads < config.num_key_value_heads:  # all ranks of a split model step together
+        least = torch.tensor(max_batch_tokens, device=parameter.device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        max_batch_tokens = int(least)
     if max_batch_tokens < length:
         raise ValueError(
             f"one answer of {length:,} tokens wants {length * token_bytes / 2**30:.1f} GiB of key/"
@@ -429,11 +515,16 @@ def load_split(model_dir, dtype, device, rank, world_size):
     with torch.device("meta"):
         model = Qwen2(config).to(dtype)
     files = weight_files(model_dir)
+    if missing := [name for name, _ in model.named_parameters() if name not in files]:
+        raise ValueError(f"{model_dir} lacks the weights {', '.join(missing[:3])}")
     for name, parameter in list(model.named_parameters()):
         axis = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0 if re.search(
             r"(q|k|v|gate|up)_proj\.", name) else None
         with open_safetensors(files[name]) as file:
             source = file.get_slice(name)
+            if source.get_shape() != list(parameter.shape):
+                raise ValueError(f"{files[name]}: {name} is {source.get_shape()}, config.json wants "
+                                 f"{list(parameter.shape)}")
             index = [slice(None)] * parameter.ndim
             if axis is not None:
                 part = parameter.shape[axis] // world_size
@@ -463,21 +554,41 @@ class SampleFile:
             self.check(settings)
             self.merge(None)
         barrier()
-        self.done = {sample_key(row) for row in self.read(self.path)}
+        # of each sample that is there, what was asked
+        self.done = {sample_key(row): row.get("prompt") for row in self.read(self.path)}
         own = self.path if rank == 0 else Path(f"{self.path}.part{rank}")
         barrier()
         self.file = open(own, "a", encoding="utf-8")
 
+    def parts(self):
+        return [path for path in sorted(self.path.parent.iterdir()) if path.name.startswith(
+            self.path.name) and re.fullmatch(r"\.part\d+", path.name[len(self.path.name):])]
+
     def check(self, settings):
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{self.path} is no file: name another --out")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(f"{self.path}.settings.json")
-        before = json.loads(beside.read_text()) if beside.is_file() else None
-        if self.path.is_file() and self.path.stat().st_size and before != settings:
-            changed = [name for name in settings if (before or {}).get(name) != settings[name]]
+        self.lock = open(beside, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.path} is being written by another run") from None
+        self.lock.seek(0)
+        try:
+            before = json.loads(self.lock.read() or "null")
+        except ValueError:
+            before = None
+        before = before if isinstance(before, dict) else {}
+        if before != settings and any(path.stat().st_size for path in (self.path, *self.parts())
+                                      if path.is_file()):
+            changed = [name for name in settings if before.get(name) != settings[name]]
             raise ValueError(f"{self.path} holds samples of other settings ({', '.join(changed)}): "
                              "name another --out, or delete it")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
-        write_aside(beside, json.dumps(settings, indent=1) + "\n")
+        self.lock.truncate(0)  # in place, as the lock is on this very file
+        self.lock.write(json.dumps(settings, indent=1) + "\n")
+        self.lock.flush()
 
     @staticmethod
     def read(path):
@@ -489,14 +600,17 @@ class SampleFile:
                     break
                 end += len(line)
                 try:
-                    yield json.loads(line)
-                except ValueError as error:
+                    row = json.loads(line)
+                    sample_key(row)
+                    yield row
+                except (ValueError, KeyError, TypeError) as error:
                     raise ValueError(f"{path}: a broken row ({error}): mend or delete it") from None
             file.truncate(end)
 
     def merge(self, order):
-        """Adds the other processes' parts; with the order of all samples, sorts by it."""
-        parts = sorted(self.path.parent.glob(f"{self.path.name}.part*"))
+        """Adds the other processes' parts; with the order of all samples, sorts by it. Returns how
+        many there are."""
+        parts = self.parts()
         if not parts and order is None:
             return
         rows = {sample_key(row): row for path in (self.path, *parts) for row in self.read(path)}
@@ -505,6 +619,21 @@ class SampleFile:
                                        for key in keys))
         for part in parts:
             part.unlink()
+
+    def left(self, jobs):
+        """The jobs that are not done; ValueError if a sample of their name answers another prompt,
+        or two of them have one name."""
+        names = set()
+        for job in jobs:
+            name = sample_key(job.row)
+            if name in names:
+                raise ValueError(f"two samples are number {name[2]} of problem {name[1]!r} of "
+                                 f"{name[0]!r}: rewrite the files one by one")
+            names.add(name)
+            if name in self.done and self.done[name] != job.row.get("prompt"):
+                raise ValueError(f"{self.path} holds an answer to another question of the name "
+                                 f"{name[1]!r} of {name[0]!r}: name another --out, or delete it")
+        return [job for job in jobs if sample_key(job.row) not in self.done]
 
     def add(self, row):
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -545,17 +674,17 @@ class Local:
 
     def __init__(self, args, model, tokenizer, stop_ids, store):
         self.args, self.model, self.tokenizer = args, model, tokenizer
-        self.stop_ids, self.store = stop_ids, store
+        self.stop_ids, self.store, self.prompts = stop_ids, store, {}
 
     def answers(self, jobs, told):
         """Yields (job, text, finish reason, tokens) as they finish; told(tokens a second)."""
         args, tokenizer = self.args, self.tokenizer
-        length = max(len(self.prompt(job)) for job in jobs) + args.max_new_tokens
+        length = max(len(self.prompt(job)) for job in jobs) + args.max_new_tokens  # reads all once
         slots = plan_slots(self.model, length, args.max_batch_tokens, args.max_slots)
         engine = Engine(self.model, slots, length, sampling_of(args, tokenizer), self.stop_ids,
                         stops_on(tokenizer, args.stop))
         forced = think_limits(args, tokenizer)
-        requests = (Request(self.prompt(job), job.stream, args.max_new_tokens, job, forced)
+        requests = (Request(self.prompt(job), job.stream, args.max_new_tokens, job, forced())
                     for job in share(jobs, self.store))
         start = time.monotonic()
         for request, reason in engine.run(requests):
@@ -565,9 +694,18 @@ class Local:
 
     def prompt(self, job):
         text = self.tokenizer.render(job.messages, add_generation_prompt=True)
-        prompt = self.tokenizer.encode(text)
-        check_fits(prompt, self.args, self.model.config, f"problem {job.row['id']}")
-        return prompt
+        if text not in self.prompts:
+            prompt = self.tokenizer.encode(text)
+            check_fits(prompt, self.args, self.model.config, f"problem {job.row['id']}")
+            self.prompts[text] = array("i", prompt)
+        return self.prompts[text].tolist()
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The key is for one host."""
+
+    def redirect_request(self, request, file, code, message, headers, url):
+        raise ValueError(f"{request.full_url} leads on to {url}: name that as --endpoint")
 
 
 class Endpoint:
@@ -577,8 +715,11 @@ class Endpoint:
     def __init__(self, args):
         self.args, self.url = args, args.endpoint.rstrip("/") + "/chat/completions"
         self.headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
+        if key := os.environ.get("OPENAI_API_KEY", "").strip():
+            if not (key.isascii() and key.isprintable()):
+                raise ValueError("OPENAI_API_KEY holds characters that no key has")
             self.headers["Authorization"] = f"Bearer {key}"
+        self.opener = urllib.request.build_opener(NoRedirect)
 
     def answers(self, jobs, told):
         """As Local.answers, --concurrency requests at a time."""
@@ -628,7 +769,9 @@ class Endpoint:
             # a server may split the thought off; what was cut inside it has no content
             text = "\n\n".join(filter(None, (message.get("reasoning_content"),
                                              message["content"])))
+            text = text.encode("utf-8", "replace").decode()  # a lone half of a character
             tokens = (reply.get("usage") or {}).get("completion_tokens")
+            tokens = tokens if isinstance(tokens, int) else None
         except (KeyError, IndexError, TypeError, AttributeError):
             raise ValueError(f"{self.url} answers in no form of chat completions: "
                              f"{json.dumps(reply)[:200]}") from None
@@ -641,21 +784,30 @@ class Endpoint:
         for wait in (*RETRY_SECONDS, None):
             asked = 0
             try:
-                with urllib.request.urlopen(request, timeout=self.args.timeout) as reply:
+                with self.opener.open(request, timeout=self.args.timeout) as reply:
                     return json.loads(reply.read())
             except urllib.error.HTTPError as error:
-                problem = f"status {error.code} {error.read(300).decode('utf-8', 'replace')}"
+                problem = f"status {error.code} {said(error)}"
                 if error.code != 429 and error.code < 500:
                     hint = ": is OPENAI_API_KEY right?" if error.code in (401, 403) else ""
                     raise ValueError(f"{self.url}: {problem}{hint}") from None
                 after = error.headers.get("Retry-After") or ""
                 asked = min(int(after), 120) if after.isdigit() else 0
-            except (OSError, http.client.HTTPException, ValueError) as error:
+            except (OSError, http.client.HTTPException, json.JSONDecodeError, UnicodeDecodeError,
+                    RecursionError) as error:
                 problem = str(getattr(error, "reason", error)) or type(error).__name__
             if wait is None:
                 raise ValueError(f"{self.url} failed {len(RETRY_SECONDS) + 1} times: {problem}; "
                                  "what was finished is kept, the same command goes on")
             time.sleep(max(asked, wait * random.uniform(0.5, 1.5)))
+
+
+def said(error):
+    """The start of what a server says beside an error's status."""
+    try:
+        return error.read(300).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32)
@@ -743,13 +895,14 @@ def sampled(job, text, reason, tokens, name):
 
 
 def rewritten(job, text, reason, tokens, name):
+    cut_before = job.row.get("finish_reason") == "length"
     return job.row | {"response": text.strip(), "original": job.row["response"],
-                      "finish_reason": reason, "num_tokens": tokens, "rewriter": name}
+                      "finish_reason": "length" if cut_before else reason, "num_tokens": tokens, "rewriter": name}
 
 
 def labelled(job, text, reason, tokens, name):
-    grade = re.search(r"\b(10|[1-9])\b", text)
-    return job.row | {"difficulty": int(grade[1]) if grade else None}
+    grades = re.findall(r"\b(10|[1-9])\b", text)
+    return job.row | {"difficulty": int(grades[-1]) if grades else None}
 
 
 def by_rule(row):
@@ -770,23 +923,26 @@ def by_rule(row):
     return "\n\n".join([TAGS[0], response, TAGS[1], TAGS[2], solution, TAGS[3]])
 
 
-def run_jobs(args, answerer, jobs, finish, settings, rank, barrier, writes=True):
-    """Answers what is not answered yet, and writes each row as it is there."""
+def run_jobs(args, answerer, jobs, finish, settings, rank, barrier, store=None, writes=True):
+    """Answers what is not answered yet, and writes each row as it is there. answerer() is only
+    called, and so a model only loaded, if something is left."""
     jobs = list(jobs)
     out = SampleFile(args.out, settings, rank, barrier)
-    left = [job for job in jobs if sample_key(job.row) not in out.done]
+    left = out.left(jobs)
     if rank == 0 and len(left) < len(jobs):
         print(f"{args.out}: {len(jobs) - len(left):,} of {len(jobs):,} are there already",
               file=sys.stderr)
     truncated = 0
     with tqdm(total=len(left), unit=" answers", disable=rank > 0 or None) as progress:
         def told(rate):
-            progress.set_postfix_str(f"{rate:.0f} tokens/s, {truncated} truncated", refresh=False)
-        for job, text, reason, tokens in answerer.answers(left, told) if left else ():
+            progress.set_postfix_str(f"{rate:.0f} tokens/s here, {truncated} truncated",
+                                     refresh=False)
+        for job, text, reason, tokens in answerer().answers(left, told) if left else ():
             truncated += reason == "length"
             if writes:
                 out.add(finish(job, text, reason, tokens, args.endpoint_model or args.model))
-            progress.update()
+            finished = store.add("finished", 1) if store else progress.n + 1  # of all processes
+            progress.update(finished - progress.n)
     out.close([sample_key(job.row) for job in jobs])
     if rank == 0:
         print(f"{args.out}: {len(jobs):,} rows")
@@ -829,25 +985,35 @@ def cut(text, stops):
 
 
 def think_limits(args, tokenizer):
-    """Budget forcing (s1, arXiv 2501.19393), as Request.forced: a thought shorter than --min_think
-    tokens does not end but goes on with "Wait"; one of --max_think tokens is ended."""
+    """Budget forcing (s1, arXiv 2501.19393): makes a Request.forced for each request. A thought
+    shorter than --min_think tokens does not end but goes on with "Wait"; one of --max_think tokens
+    is ended."""
     if args.min_think is None and args.max_think is None:
-        return None
+        return lambda: None
+    least, most = args.min_think or 0, args.max_think or math.inf
     wait = tokenizer.encode("Wait")
     end = tokenizer.encode("\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n")
-    close = "<|end_of_thought|>"
 
-    def forced(tokens, token, stop_ids):
-        thinking = close not in tokenizer.decode(tokens)
-        if not thinking:
+    def limits():
+        ended = False
+
+        def forced(tokens, token, stop_ids):
+            nonlocal ended
+            if ended:
+                return None
+            text = tokenizer.decode([token])
+            # inside a thought a tag can only be the one that ends it
+            tag = TAGS[0] in tokenizer.decode(tokens[:30]) and ("<|" in text or (
+                text.startswith("|") and tokenizer.decode(tokens[-1:]).endswith("<")))
+            if len(tokens) < least:
+                return wait if tag or token in stop_ids else None
+            ended = tag or TAGS[1] in tokenizer.decode([*tokens[-30:], token])
+            if not ended and len(tokens) >= most:
+                ended = True
+                return end
             return None
-        ends = token in stop_ids or close in tokenizer.decode([*tokens[-30:], token])
-        if args.min_think is not None and len(tokens) < args.min_think and ends:
-            return wait
-        if args.max_think is not None and len(tokens) == args.max_think:
-            return end
-        return None
-    return forced
+        return forced
+    return limits
 
 
 def answer(engine, tokenizer, messages, args):
@@ -887,14 +1053,18 @@ def answer(engine, tokenizer, messages, args):
 def chat(args, model, tokenizer, stop_ids):
     """A conversation in the terminal: /reset, /system TEXT, /quit; Ctrl-C stops an answer."""
     length = model.config.max_position_embeddings
-    plan_slots(model, length, args.max_batch_tokens, 1)
-    engine = Engine(model, 1, length, sampling_of(args, tokenizer), stop_ids,
-                    stops_on(tokenizer, args.stop))
     system = None if args.system == "none" else data.SYSTEM_PROMPTS.get(args.system, args.system)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     if args.prompt is not None:
-        answer(engine, tokenizer, [*messages, {"role": "user", "content": args.prompt}], args)
+        messages.append({"role": "user", "content": args.prompt})
+        prompt = tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
+        length = min(length, len(prompt) + args.max_new_tokens)
+    plan_slots(model, length, args.max_batch_tokens, 1)
+    engine = Engine(model, 1, length, sampling_of(args, tokenizer), stop_ids,
+                    stops_on(tokenizer, args.stop))
+    if args.prompt is not None:
+        answer(engine, tokenizer, messages, args)
         return
     print("/reset starts again, /system TEXT sets the system prompt, /quit ends; Ctrl-C stops an "
           "answer")
@@ -927,6 +1097,7 @@ def load(args, rank, device):
     folder = data.find_model(args.model)
     tokenizer = data.load_tokenizer(folder)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
+    check_weights_fit(Qwen2Config.from_pretrained(folder), dtype, device, args.tensor_parallel)
     if args.tensor_parallel > 1:
         model = load_split(folder, dtype, device, rank, args.tensor_parallel)
     else:
@@ -986,17 +1157,40 @@ def parse_arguments():
         choices=("float32", "bfloat16"))
     add("--tensor_parallel", "ranks that share one model (1)", type=int, default=1)
     args = parser.parse_args()
+    check_combination(args)
     benchmark_defaults(args)
     for name in ("n", "limit", "max_new_tokens", "max_batch_tokens", "max_slots",
                  "tensor_parallel", "min_think", "max_think", "concurrency", "timeout"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be above 0")
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0:
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0:
         raise ValueError("--temperature must be 0 or more, --top_p above 0 and at most 1, --top_k "
                          "0 or more")
     if args.repetition_penalty <= 0:
         raise ValueError("--repetition_penalty must be above 0")
     return args
+
+
+def check_combination(args):
+    """ValueError for flags that say nothing together."""
+    by_rule_alone = args.rewrite and args.rewriter == "rule"
+    if not by_rule_alone and bool(args.model) == bool(args.endpoint):
+        raise ValueError("name either --model or --endpoint")
+    if args.endpoint and not args.endpoint_model:
+        raise ValueError("--endpoint wants --endpoint_model, the model's name there")
+    if args.endpoint and not (args.problems or args.rewrite):
+        raise ValueError("--endpoint wants --problems or --rewrite")
+    if args.endpoint and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("one process can ask a server as much as several: raise --concurrency")
+    if args.endpoint and (args.min_think is not None or args.max_think is not None):
+        raise ValueError("--min_think and --max_think want a --model: a server's answers cannot be "
+                         "forced")
+    if (args.min_think or 0) > (args.max_think or math.inf):
+        raise ValueError("--min_think is above --max_think")
+    if args.label_difficulty and not args.problems:
+        raise ValueError("--label_difficulty wants --problems")
+    if "" in args.stop:
+        raise ValueError("--stop wants a text")
 
 
 def benchmark_defaults(args):
@@ -1052,46 +1246,33 @@ def start_processes(args):
     return rank, world_size, device, store
 
 
+def rewrite_by_rule(args):
+    """--rewriter rule: the whole file at once."""
+    rows = [{key: value for key, value in row.items() if key not in VERDICT_FIELDS}
+            | {"response": by_rule(row), "original": row["response"], "rewriter": "rule"}
+            for row in read_samples(args.rewrite)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if os.path.exists(args.out) and Path(args.out).read_text(encoding="utf-8") != text:
+        raise ValueError(f"{args.out} holds something else: name another --out, or delete it")
+    write_aside(args.out, text)
+    print(f"{args.out}: {len(rows):,} rows")
+
+
 def main():
     """Who answers, what is asked, and then the run; without problems a chat."""
     args = parse_arguments()
-    by_rule_alone = args.rewrite and args.rewriter == "rule"
-    if not by_rule_alone and bool(args.model) == bool(args.endpoint):
-        raise ValueError("name either --model or --endpoint")
-    if args.endpoint and not args.endpoint_model:
-        raise ValueError("--endpoint wants --endpoint_model, the model's name there")
     rank, world_size, device, store = start_processes(args)
+    if args.rewrite and args.rewriter == "rule":
+        return rewrite_by_rule(args) if rank == 0 else None
     barrier = dist.barrier if world_size > 1 else lambda: None
     args.dtype = args.dtype or ("bfloat16" if device != "cpu" else "float32")
     args.system = args.system or ("skyt1" if args.problems else "none")
-    asks = args.problems or args.rewrite
-    if by_rule_alone:
-        rows = [row | {"response": by_rule(row), "original": row["response"], "rewriter": "rule"}
-                for row in read_samples(args.rewrite)]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        if os.path.exists(args.out) and Path(args.out).read_text(encoding="utf-8") != text:
-            raise ValueError(f"{args.out} holds something else: name another --out, or delete it")
-        write_aside(args.out, text)
-        print(f"{args.out}: {len(rows):,} rows")
+    args.max_new_tokens = args.max_new_tokens or min(16384, Qwen2Config.from_pretrained(
+        data.find_model(args.model, weights=False)).max_position_embeddings * 3 // 4
+        if args.model else 16384)
+    if not args.problems and not args.rewrite:
+        chat(args, *load(args, rank, device))
         return
-    if args.endpoint:
-        if not asks:
-            raise ValueError("--endpoint wants --problems or --rewrite")
-        if args.min_think is not None or args.max_think is not None:
-            raise ValueError("--min_think and --max_think want a --model: a server's answers cannot "
-                             "be forced")
-        args.max_new_tokens = args.max_new_tokens or 16384
-        answerer = Endpoint(args)
-    else:
-        config = Qwen2Config.from_pretrained(data.find_model(args.model, weights=False))
-        args.max_new_tokens = args.max_new_tokens or min(16384,
-                                                         config.max_position_embeddings * 3 // 4)
-        model, tokenizer, stop_ids = load(args, rank, device)
-        if not asks:
-            chat(args, model, tokenizer, stop_ids)
-            return
-        answerer = Local(args, model, tokenizer, stop_ids,
-                         store if args.tensor_parallel == 1 else None)
     if args.rewrite:
         jobs, finish = rewriting_jobs(read_samples(args.rewrite)), rewritten
     elif args.label_difficulty:
@@ -1102,7 +1283,11 @@ def main():
         "model", "endpoint_model", "temperature", "top_p", "top_k", "repetition_penalty", "seed",
         "max_new_tokens", "system", "stop", "dtype", "min_think", "max_think", "rewrite",
         "label_difficulty")}
-    run_jobs(args, answerer, jobs, finish, settings, rank, barrier,
+    store = store if args.tensor_parallel == 1 else None  # else all work on each answer
+
+    def answerer():
+        return Endpoint(args) if args.endpoint else Local(args, *load(args, rank, device), store)
+    run_jobs(args, answerer, jobs, finish, settings, rank, barrier, store,
              writes=rank == 0 or args.tensor_parallel == 1)
 
 

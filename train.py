@@ -137,7 +137,7 @@ def parse_arguments():
     add("--plan", metavar="GPUS",
         help="only print what the run would need on 8xH100, 2x8xH200 or A100-40GB: memory, hours, "
              "dollars")
-    add("--mfu", type=float, default=0.4, help="share of the GPUs' peak that --plan counts with")
+    add("--mfu", type=float, default=0.35, help="share of the GPUs' peak that --plan counts with")
     if parser.parse_known_args()[0].model in BUILTIN:
         parser.set_defaults(**BUILTIN_DEFAULTS)
     args = parser.parse_args()

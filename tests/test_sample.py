@@ -50,12 +50,15 @@ def test_cached_logits_equal_full_logits():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sample_depends_on_its_stream_alone(dtype):
-    model, prompts = small_model().to(dtype), prompts_of(9, 2, 30, 2, 14, 7)
+    model, prompts = sample.fuse(small_model().to(dtype)), prompts_of(9, 2, 30, 2, 14, 7)
     options = dict(temperature=1.0, top_p=0.9, top_k=50, seed=5, num_slots=3)
     answers = generate(model, prompts, 20, **options)
     order = [4, 2, 0, 5, 1, 3]
     shuffled = generate(model, [prompts[i] for i in order], 20, streams=order, **options)
     assert [shuffled[order.index(i)] for i in range(6)] == answers
+    # whatever the longest row: it sets the cache's length
+    assert [generate(model, [prompt], 20, streams=[i], **options)[0]
+            for i, prompt in enumerate(prompts)] == answers
     assert generate(model, prompts, 20, **{**options, "seed": 6}) != answers
     if dtype == torch.float32:
         for slots in (1, 6):
@@ -71,6 +74,17 @@ def test_fused_products_change_nothing_and_store_nothing_twice():
     mlp = fused.model.layers[0].mlp
     assert (mlp.gate_proj.weight.untyped_storage().data_ptr()
             == mlp.up_proj.weight.untyped_storage().data_ptr())
+
+
+@pytest.mark.parametrize("shape", [dict(), dict(tie_word_embeddings=True)])
+def test_packed_weights_are_as_near_to_fp32_as_plain_ones(shape):
+    exact, plain = small_model(**shape), small_model(**shape).to(torch.bfloat16)
+    ids = torch.tensor(prompts_of(50))
+    expected, before = exact(ids), plain(ids)
+    fused = sample.fuse(plain)
+    packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert (fused.model.layers[0].mlp.down_proj.weight.layout == torch._mkldnn) == packs
+    assert (fused(ids) - expected).norm() < 1.1 * (before - expected).norm()
 
 
 def test_equal_prompts_are_read_once_and_differ_by_their_stream():
@@ -96,12 +110,37 @@ def test_stop_tokens_end_an_answer_and_are_not_in_it():
 
 
 def test_uniform_numbers_are_uniform_and_independent_of_the_batch():
-    keys = torch.tensor([stream_key(0, i) for i in range(300)])
-    u = torch.stack([uniform(keys, torch.full_like(keys, n)) for n in range(300)])
+    keys, ids = torch.tensor([stream_key(0, i) for i in range(60)]), torch.arange(50).expand(60, 50)
+    u = torch.stack([uniform(keys, torch.full_like(keys, n), ids) for n in range(60)])
     assert 0 <= u.min() and u.max() < 1
     assert abs(u.mean() - 0.5) < 0.005 and abs(u.var() - 1 / 12) < 0.002
-    assert abs(torch.corrcoef(torch.stack([u[:-1].flatten(), u[1:].flatten()]))[0, 1]) < 0.02
-    assert torch.equal(uniform(keys[7:8], torch.tensor([5])), u[5, 7:8])
+    for axis in range(3):
+        first, second = u.narrow(axis, 0, 49), u.narrow(axis, 1, 49)
+        assert abs(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1]) < 0.02
+    assert torch.equal(uniform(keys[7:8], torch.tensor([5]), ids[:1, 3:9]), u[5, 7:8, 3:9])
+
+
+def test_noise_in_the_last_bits_of_logits_hardly_ever_changes_a_sample():
+    torch.manual_seed(0)
+    logits, rows = (3 * torch.randn(5000)).expand(2000, -1), torch.arange(2000)
+    for options in (dict(), dict(top_p=0.95)):
+        one, two = (choose(logits + 1e-5 * torch.randn(2000, 5000) * noisy,
+                           Sampling(temperature=1.0, **options), rows, rows) for noisy in (0, 1))
+        assert (one != two).sum() <= 1
+
+
+@pytest.mark.parametrize("options", [dict(), dict(top_p=0.95), dict(top_k=20)])
+def test_a_row_is_chosen_alike_beside_any_neighbour(options):
+    """Logits of few values, as bf16 has them: equal ones must not be ordered by chance."""
+    torch.manual_seed(0)
+    peaked = (3 * torch.randn(300, 5000)).round() / 2
+    flat = torch.zeros(1, 5000)
+    keys = torch.arange(300)
+    sampling = Sampling(temperature=1.0, **options)
+    alone = choose(peaked.clone(), sampling, keys, keys)
+    beside = choose(torch.cat([peaked, flat]), sampling, torch.arange(301),
+                    torch.cat([keys, keys[:1]]))
+    assert torch.equal(alone, beside[:300])
 
 
 @pytest.mark.parametrize("options", [dict(), dict(top_k=5), dict(top_p=0.7),
@@ -386,10 +425,10 @@ def test_a_short_thought_goes_on_and_a_long_one_is_ended(model_dir, problems, tm
     class Limits:
         min_think, max_think = 10, None
     engine = Engine(model, 1, 200, Sampling(), [stop])
-    request = Request([1, 2, 3], 0, 60, forced=sample.think_limits(Limits, tokenizer))
+    request = Request([1, 2, 3], 0, 60, forced=sample.think_limits(Limits, tokenizer)())
     list(engine.run([request]))
     assert tokenizer.decode(request.tokens).startswith("Wait") and len(request.tokens) >= 10
     Limits.min_think, Limits.max_think = None, 5
-    request = Request([1, 2, 3], 0, 120, forced=sample.think_limits(Limits, tokenizer))
+    request = Request([1, 2, 3], 0, 120, forced=sample.think_limits(Limits, tokenizer)())
     list(Engine(model, 1, 200, Sampling()).run([request]))
     assert "<|end_of_thought|>" in tokenizer.decode(request.tokens[5:])

@@ -529,7 +529,7 @@ def check_text(text, what):
 
 # Three families whose answer is hard to say at once and easy to work out, and how long their
 # problems are: one in eight has the last size, and all that are `harder`.
-SIZES = {"addition": (4, 5, 6), "last_digit": (4, 5, 6), "multiply_out": (3, 4, 5)}
+SIZES = {"addition": (2, 3, 4), "last_digit": (3, 4, 5), "multiply_out": (3, 4, 5)}
 CHOICES = "ABCDEFGHIJ"
 
 
@@ -563,13 +563,13 @@ def multiply_out(generator, size):
     while True:
         a, b, steps = 1, 0, []
         for _ in range(size):
-            sign, n = generator.choice("+-*"), generator.randrange(1, 10)
+            sign, n = generator.choice("++*"), generator.randrange(1, 10)
             if sign == "*":
                 a, b, n = 2 * a, 2 * b, 2
             else:
-                b += n if sign == "+" else -n
+                b += n
             steps.append(f"{sign}{n}: {a}*x+{b}")
-            if not 0 <= b < 40:
+            if b >= 40:
                 break
         else:
             break

@@ -3,8 +3,9 @@
     pip install transformers
     python tests/bench_sample.py --model DIR [--rows 16 1] [--new_tokens 128] [--dtype bfloat16]
 
-Greedy, prompts of mixed lengths, the same number of new tokens for every row (stop tokens off), the
-best of --repeats after one warm-up each. On CUDA also the fraction of the memory's bandwidth that
+Greedy, prompts of mixed lengths, the same number of new tokens for every row (stop tokens off).
+After one warm-up each they take turns, --repeats times; rates are of the best, the range of the
+ratio is that of the turns. On CUDA also the fraction of the memory's bandwidth that
 the decode step reaches: bytes of weights and cache read, over time, over --bandwidth.
 """
 import argparse
@@ -20,15 +21,12 @@ import sample  # noqa: E402
 from model import Qwen2  # noqa: E402
 
 
-def best(work, repeats, cuda):
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        result = work()
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:]), result
+def timed(work, cuda):
+    start = time.perf_counter()
+    result = work()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
 
 
 def main():
@@ -54,16 +52,21 @@ def main():
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts],
                             device=device)
-        fast, answers = best(lambda: sample.generate(ours, prompts, args.new_tokens), args.repeats,
-                             cuda)
+        turns = []
         with torch.inference_mode():
-            slow, reference = best(lambda: theirs.generate(
-                ids, attention_mask=mask, max_new_tokens=args.new_tokens, do_sample=False,
-                repetition_penalty=1.0, pad_token_id=0), args.repeats, cuda)
+            for _ in range(args.repeats + 1):
+                fast, answers = timed(lambda: sample.generate(ours, prompts, args.new_tokens), cuda)
+                slow, reference = timed(lambda: theirs.generate(
+                    ids, attention_mask=mask, max_new_tokens=args.new_tokens, do_sample=False,
+                    repetition_penalty=1.0, pad_token_id=0), cuda)
+                turns.append((fast, slow))
+        ratios = sorted(slow / fast for fast, slow in turns[1:])
+        fast, slow = map(min, zip(*turns[1:], strict=True))
         same = sum(a == b for a, b in zip(answers, reference[:, width:].tolist(), strict=True))
         total = rows * args.new_tokens
         print(f"{rows} rows, {args.dtype}, {device}: sample.py {total / fast:.1f} tokens/s, "
-              f"transformers {total / slow:.1f}, x {slow / fast:.2f}; {same} of {rows} rows equal")
+              f"transformers {total / slow:.1f}, x {slow / fast:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); "
+              f"{same} of {rows} rows equal")
         if cuda:
             size = sum(p.numel() * p.element_size() for p in ours.parameters())
             print(f"  {size * args.new_tokens / fast / args.bandwidth:.0%} of the bandwidth "

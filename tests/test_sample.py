@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import sample
@@ -268,6 +269,56 @@ def test_bad_input_is_one_line(model_dir, problems, tmp_path, flags, word):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+def sample_file(path, seed=0):
+    return sample.SampleFile(path, {"seed": seed}, 0, lambda: None)
+
+
+def row(i, prompt="p"):
+    return {"source": "s", "id": str(i), "sample": 0, "prompt": prompt}
+
+
+def test_parts_are_those_of_this_very_file_and_of_its_settings(tmp_path):
+    path = tmp_path / "run[1].jsonl"
+    (tmp_path / "run[1].jsonl.partial").write_text("mine\n")
+    sample_file(path).close([])
+    (tmp_path / "run[1].jsonl.part1").write_text(json.dumps(row(1)) + "\n")
+    with pytest.raises(ValueError, match=r"other settings \(seed\)"):
+        sample_file(path, seed=1)
+    assert list(sample_file(path).done) == [("s", "1", 0)]
+    assert (tmp_path / "run[1].jsonl.partial").read_text() == "mine\n"
+    assert not (tmp_path / "run[1].jsonl.part1").exists()
+
+
+def test_two_runs_never_write_one_file_and_no_question_takes_anothers_answer(tmp_path):
+    path = tmp_path / "out.jsonl"
+    first = sample_file(path)
+    first.add(row(1))
+    with pytest.raises(ValueError, match="being written by another run"):
+        sample_file(path)
+    first.close([])
+    first.lock.close()
+    second, job = sample_file(path), sample.Job([], row(1), None)
+    assert second.left([job, sample.Job([], row(2), None)])[0].row["id"] == "2"
+    with pytest.raises(ValueError, match="another question"):
+        second.left([sample.Job([], row(1, "q"), None)])
+    with pytest.raises(ValueError, match="two samples are number 0 of problem '1'"):
+        second.left([job, job])
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch):
+    config, gib = small_model().config, 2 ** 30
+    monkeypatch.setattr(sample, "free_memory", lambda device: 200_000)
+    with pytest.raises(ValueError, match="are missing; --dtype bfloat16 would fit"):
+        sample.check_weights_fit(config, torch.float32, "cpu", 1)
+    sample.check_weights_fit(config, torch.bfloat16, "cpu", 1)
+    monkeypatch.setattr(sample, "free_memory", lambda device: 40 * gib)
+    big = replace(config, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64,
+                  vocab_size=152064, num_attention_heads=40, num_key_value_heads=8)
+    with pytest.raises(ValueError, match="61.0 GiB.* 40.0 free: 21.0 are missing; "
+                                         "--tensor_parallel 2 would fit"):
+        sample.check_weights_fit(big, torch.bfloat16, "cuda:0", 1)
+
+
 # ---- a server instead of a model, rewriting, difficulty
 
 
@@ -368,6 +419,28 @@ def test_an_error_of_one_request_keeps_the_answers_of_the_others(problems, tmp_p
     with pytest.raises(ValueError, match="refused"):
         sample.main()
     assert {"0", "1", "3"} <= {row["id"] for row in rows_of(tmp_path / "out.jsonl")}
+
+
+def test_the_key_is_neither_shown_nor_sent_on(problems, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\u20ac")
+    flags = ["--endpoint", "http://127.0.0.1:9/v1", "--endpoint_model", "m", "--problems", problems,
+             "--out", tmp_path / "out.jsonl"]
+    with pytest.raises(ValueError, match="characters that no key has") as error:
+        call(monkeypatch, *flags)
+    assert "sk-secret" not in str(error.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\r\n")  # an environment file of Windows
+
+    class Redirect(FaultyServer):
+        def do_POST(self):
+            self.send_response(302)
+            self.send_header("Location", "http://localhost:9/elsewhere")
+            self.end_headers()
+    other = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Redirect)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    with pytest.raises(ValueError, match="leads on to http://localhost:9") as error:
+        call(monkeypatch, *flags, "--endpoint", f"http://127.0.0.1:{other.server_address[1]}/v1")
+    other.shutdown()
+    assert "sk-secret" not in str(error.value)
 
 
 def test_a_wrong_key_and_no_server_are_one_line(server, problems, tmp_path, monkeypatch):

@@ -677,8 +677,8 @@ def find_evaluation(name):
 
 def read_problems(names, counts=None):
     """Yields the problems of files, folders, hub data sets, EVALUATIONS, and `builtin:train`,
-    `builtin:heldout` and `builtin:harder` (:COUNT) as dicts of `id`, `source`, `kind`, `prompt`, and `answer` or `tests`; samples keep
-    their further fields.
+    `builtin:heldout` and `builtin:harder` (:COUNT) as dicts of `id`, `source`, `kind`, `prompt`,
+    and `answer` or `tests`; samples keep their further fields.
 
     Duplicates and problems without question, answer or tests are dropped and counted, in the
     Counter `counts` or else on stderr. Raises ValueError that names file, line and field, also for
@@ -716,7 +716,8 @@ def problem_rows(names):
     stem)."""
     for name in map(str, names):
         if name.startswith("builtin:"):
-            problems = builtin_problems(*builtin_name(name, "train", "heldout", "harder", count=500))
+            splits = "train", "heldout", "harder"
+            problems = builtin_problems(*builtin_name(name, *splits, count=500))
             yield from ((row, f"{name}:{line}", "builtin") for line, row in enumerate(problems, 1))
             continue
         if Path(name).name in EVALUATIONS:

@@ -137,7 +137,8 @@ def beyond_first(chosen, best, logits, first, keys, counts):
     """All tokens but the first enter the race as one; where it wins, it is drawn which. Changes
     chosen (B,) in place; best (B,) is what the first (B, FIRST) ids ran."""
     rest = logits.scatter(-1, first, -torch.inf)
-    names = torch.full_like(first[:, :2], logits.shape[-1]) + torch.arange(2)  # ids that no token has
+    # ids that no token has
+    names = torch.full_like(first[:, :2], logits.shape[-1]) + torch.arange(2)
     u = uniform(keys, counts, names)
     rows = (rest.logsumexp(-1).double() - (-u[:, 0].log()).log() > best).nonzero()[:, 0]
     if len(rows):
@@ -524,8 +525,8 @@ def load_split(model_dir, dtype, device, rank, world_size):
         with open_safetensors(files[name]) as file:
             source = file.get_slice(name)
             if source.get_shape() != list(parameter.shape):
-                raise ValueError(f"{files[name]}: {name} is {source.get_shape()}, config.json wants "
-                                 f"{list(parameter.shape)}")
+                raise ValueError(f"{files[name]}: {name} is {source.get_shape()}, config.json "
+                                 f"wants {list(parameter.shape)}")
             index = [slice(None)] * parameter.ndim
             if axis is not None:
                 part = parameter.shape[axis] // world_size
@@ -587,9 +588,10 @@ class SampleFile:
             raise ValueError(f"{self.path} holds samples of other settings ({', '.join(changed)}): "
                              "name another --out, or delete it")
         self.path.touch()
-        self.lock.truncate(0)  # in place, as the lock is on this very file
-        self.lock.write(json.dumps(settings, indent=1) + "\n")
-        self.lock.flush()
+        if before != settings:  # in place, as the lock is on this very file
+            self.lock.truncate(0)
+            self.lock.write(json.dumps(settings, indent=1) + "\n")
+            self.lock.flush()
 
     @staticmethod
     def read(path):
@@ -645,6 +647,7 @@ class SampleFile:
         self.barrier()
         if self.rank == 0:
             self.merge(order)
+            self.lock.close()
 
 
 def sample_key(row):
@@ -743,7 +746,7 @@ class Endpoint:
                     print(f"waiting for {len(pending)} answers; Ctrl-C again drops them",
                           file=sys.stderr)
                     continue
-                for future in finished:  # what others have answered is kept before an error ends all
+                for future in finished:  # an error ends all, after what others have answered
                     if future.exception():
                         error = error or future.exception()
                         continue
@@ -898,7 +901,8 @@ def sampled(job, text, reason, tokens, name):
 def rewritten(job, text, reason, tokens, name):
     cut_before = job.row.get("finish_reason") == "length"
     return job.row | {"response": text.strip(), "original": job.row["response"],
-                      "finish_reason": "length" if cut_before else reason, "num_tokens": tokens, "rewriter": name}
+                      "finish_reason": "length" if cut_before else reason,
+                      "num_tokens": tokens, "rewriter": name}
 
 
 def labelled(job, text, reason, tokens, name):
@@ -1200,8 +1204,8 @@ def benchmark_defaults(args):
     wanted = {(e.n, e.temperature) for name in args.problems or ()
               if (e := data.EVALUATIONS.get(Path(name).name))} or {(1, 0.7)}
     if len(wanted) > 1 and None in (args.n, args.temperature):
-        raise ValueError(f"{', '.join(args.problems)} are sampled differently: run them one by one, "
-                         "or give --n and --temperature")
+        raise ValueError(f"{', '.join(args.problems)} are sampled differently: run them one by "
+                         "one, or give --n and --temperature")
     n, temperature = wanted.pop()
     args.n = n if args.n is None else args.n
     args.temperature = temperature if args.temperature is None else args.temperature

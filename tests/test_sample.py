@@ -296,7 +296,6 @@ def test_two_runs_never_write_one_file_and_no_question_takes_anothers_answer(tmp
     with pytest.raises(ValueError, match="being written by another run"):
         sample_file(path)
     first.close([])
-    first.lock.close()
     second, job = sample_file(path), sample.Job([], row(1), None)
     assert second.left([job, sample.Job([], row(2), None)])[0].row["id"] == "2"
     with pytest.raises(ValueError, match="another question"):

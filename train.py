@@ -53,7 +53,7 @@ import data
 from model import (BUILTIN, LOSS_CHUNK, MLP_TILE, Qwen2, Qwen2Config, init_weights, load_weights,
                    sync_folder, write_durably)
 
-BUILTIN_DEFAULTS = dict(data=["builtin:worked"], num_train_epochs=1, max_steps=600, batch_size=32,
+BUILTIN_DEFAULTS = dict(data=["builtin:worked"], num_train_epochs=1, max_steps=500, batch_size=32,
                         learning_rate=2e-3, dtype="float32", system="none", save_steps=100)
 # By what the device's name contains: dense bf16 TFLOP/s and GB/s one way to its neighbours (NVLink,
 # else PCIe) of NVIDIA's data sheets; {GB in its name: GiB that PyTorch's out-of-memory errors say}.

@@ -9,8 +9,9 @@ import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-SMALLER = [(r"--max_steps \d+", "--max_steps 60"), (r"builtin:train:\d+", "builtin:train:60"),
-           (r"builtin:\$split:\d+", "builtin:$split:12"), (r"builtin:(bare|worked)", r"builtin:\1:3000"),
+SMALLER = [(r"--max_steps \d+", "--max_steps 60"), (r"builtin:train:\d+", "builtin:train:120"),
+           (r"builtin:\$split:\d+", "builtin:$split:12"),
+           (r"builtin:(bare|worked)", r"builtin:\1:3000"),
            (r"--num_train_epochs \d+", "--num_train_epochs 1")]
 
 
@@ -25,10 +26,9 @@ def test_the_miniature_runs_from_base_to_table(tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     tools = tmp_path / "tools"
     tools.mkdir()
-    (tools / "python").symlink_to(sys.executable)
-    (tools / "torchrun").write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run '
-                                    '--standalone "$@"\n')
-    (tools / "torchrun").chmod(0o755)
+    for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run --standalone ")):
+        (tools / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
+        (tools / name).chmod(0o755)
     script = commands()
     for large, small in SMALLER:
         script, count = re.subn(large, small, script)

@@ -1401,7 +1401,7 @@ def question_of(row):
 
 def one_line_errors(main):
     """Runs a script's main: what a user can get wrong ends in one line on stderr and exit status
-    2."""
+    2. Of an error that all ranks raise (`everywhere`) rank 0 alone speaks."""
     try:
         main()
     except KeyboardInterrupt:
@@ -1410,21 +1410,22 @@ def one_line_errors(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (ValueError, OSError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        rank = int(os.environ.get("RANK", 0))
+        if rank > 0:
+            time.sleep(3)  # torchrun ends the others as soon as one has ended: rank 0 speaks first
+        if rank == 0 or not getattr(error, "everywhere", False):
             text = str(error)
             if getattr(error, "filename", None):
                 text = f"{error.filename}: {error.strerror}"
             print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # torchrun ends rank 0 as soon as another has ended: let it speak first
         sys.exit(2)
 
 
-def run(main):
-    """The script of a process that torchrun may have started: main() with its errors in one line.
-    It ends at once, after all ranks if it went well: a normal exit ends the interpreter while the
-    process group's threads may still want it, which now and then aborts a run that succeeded.
-    """
+def run(main, when_out_of_memory):
+    """The script of a process that torchrun may have started: main() with its errors in one line,
+    advice for a full GPU among them. It ends at once, after all ranks if it went well: a normal
+    exit ends the interpreter while the process group's threads may still want it, which now and
+    then aborts a run that succeeded."""
     status = 0
     try:
         one_line_errors(main)
@@ -1433,8 +1434,7 @@ def run(main):
     except SystemExit as end:
         status = end.code or 0
     except torch.OutOfMemoryError:  # perhaps on this rank alone, so each says it
-        print("error: out of GPU memory: try --recompute tiled --offload activations, --offload "
-              "parameters, more GPUs, or a lower --max_seq_len", file=sys.stderr)
+        print(f"error: out of GPU memory: {when_out_of_memory}", file=sys.stderr)
         status = 2
     if dist.is_initialized():
         sys.stdout.flush()

@@ -104,14 +104,14 @@ def choose(logits, sampling, keys, counts, seen=None):
     if sampling.temperature == 0:
         return logits.max(-1).indices  # on a CPU faster than argmax
     logits = logits / sampling.temperature
-    everything = logits
+    filtered = sampling.top_k or sampling.top_p < 1
     if sampling.top_k:
-        logits, ids = logits.topk(min(sampling.top_k, V))
-    elif sampling.top_p == 1 and few_first(logits):
-        logits, ids = logits.topk(FIRST)
+        score, ids = logits.topk(min(sampling.top_k, V))
+    elif not filtered and few_first(logits):
+        score, ids = logits.topk(FIRST)
     else:
-        ids = torch.arange(V, device=logits.device).expand(B, V)
-    score = logits.double()
+        score, ids = logits, torch.arange(V, device=logits.device).expand(B, V)
+    score = score.double()
     if sampling.top_p < 1:
         p, order = descending(score.softmax(-1), sampling.top_p)
         ids = ids.gather(-1, order)
@@ -119,8 +119,8 @@ def choose(logits, sampling, keys, counts, seen=None):
     score = score - (-uniform(keys, counts, ids).log()).log()  # Gumbel: -log(-log u)
     best, place = score.max(-1, keepdim=True)
     chosen = ids.gather(-1, place)[:, 0]
-    if sampling.top_p == 1 and not sampling.top_k and few_first(everything):
-        beyond_first(chosen, best[:, 0], everything, ids, keys, counts)
+    if not filtered and few_first(logits):
+        beyond_first(chosen, best[:, 0], logits, ids, keys, counts)
     return chosen
 
 
@@ -567,6 +567,7 @@ class SampleFile:
             self.path.name) and re.fullmatch(r"\.part\d+", path.name[len(self.path.name):])]
 
     def check(self, settings):
+        """Takes the lock, and refuses a file that another run writes or of other settings."""
         if self.path.exists() and not self.path.is_file():
             raise ValueError(f"{self.path} is no file: name another --out")
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -639,8 +640,12 @@ class SampleFile:
         return [job for job in jobs if sample_key(job.row) not in self.done]
 
     def add(self, row):
-        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise ValueError(f"{self.file.name}: {error.strerror}: what is there is kept, the same "
+                             "command goes on") from None
 
     def close(self, order):
         self.file.close()
@@ -1000,6 +1005,7 @@ def think_limits(args, tokenizer):
     end = tokenizer.encode("\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n")
 
     def limits():
+        """The state of one request: whether its thought has ended."""
         ended = False
 
         def forced(tokens, token, stop_ids):
@@ -1297,4 +1303,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    data.run(main, "lower --max_batch_tokens or --max_slots, or raise --tensor_parallel")

@@ -79,7 +79,7 @@ MEMORY_SHARE = {"cuda": 0.88, "cpu": 0.5}
 # ------------------------------------------------------------------------------------- command line
 
 def parse_arguments():
-    """The flags, with the recipe's defaults or the built-in model's. ValueError for a bad value."""
+    """The flags, with the recipe's defaults or the built-in model's."""
     parser = argparse.ArgumentParser(
         description="Fine-tunes a Qwen2. The defaults are the recipe of Sky-T1-32B-Preview; "
                     "builtin:tiny has its own: "
@@ -141,6 +141,14 @@ def parse_arguments():
     if parser.parse_known_args()[0].model in BUILTIN:
         parser.set_defaults(**BUILTIN_DEFAULTS)
     args = parser.parse_args()
+    check_arguments(args)
+    if args.as_published and not args.end_token:
+        args.end_token = "<|endoftext|>"
+    return args
+
+
+def check_arguments(args):
+    """ValueError for a value out of range and for flags that contradict each other."""
     for name in ("num_train_epochs", "batch_size", "max_seq_len", "save_steps", "keep_checkpoints",
                  "learning_rate", "max_grad_norm", "mfu"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
@@ -154,9 +162,6 @@ def parse_arguments():
     if args.offload == "activations" and args.recompute == "none":
         raise ValueError("--offload activations moves what recomputation saves: use --recompute "
                          "block or tiled with it")
-    if args.as_published and not args.end_token:
-        args.end_token = "<|endoftext|>"
-    return args
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -197,6 +202,7 @@ def agreed(function, *args):
     dist.all_gather_object(errors, error)
     for error in errors:
         if error is not None:
+            error.everywhere = True
             raise error
     return result
 
@@ -760,9 +766,11 @@ def refuse_step(step, rows, mine, losses, grad_norm):
     where = f"(gradient norm {grad_norm})"
     if names:
         where = f"on rows {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
-    raise ValueError(f"the loss is not finite at step {step} {where}: the step is not taken; mend "
-                     f"these rows or lower "
-                     "--learning_rate, and begin a run with another --out")
+    error = ValueError(f"the loss is not finite at step {step} {where}: the step is not taken; "
+                       "mend these rows or lower --learning_rate, and begin a run with another "
+                       "--out")
+    error.everywhere = True
+    raise error
 
 
 def load_data(args, config, tokenizer):
@@ -929,7 +937,7 @@ def print_memory(choices, chosen, total):
     """Choices as columns, what memory is for as rows. `total` is the device's bytes."""
     def row(name, cells):
         cells = [c if isinstance(c, str) else f"{c / 2 ** 30:.1f}" for c in cells]
-        print(f"{name:27}" + "".join(f"{cell:>10}" for cell in cells))
+        print((f"{name:27}" + "".join(f"{cell:>10}" for cell in cells)).rstrip())
     sums = [sum(lines.values()) + (1 - MEMORY_SHARE["cuda"]) * total for lines in choices.values()]
     row("GiB a GPU, at its peak", [])
     row("  --recompute", [recompute for recompute, _ in choices])
@@ -1130,4 +1138,5 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    data.run(main, "try --recompute tiled --offload activations, --offload parameters, more GPUs, "
+                   "or a lower --max_seq_len")

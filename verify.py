@@ -609,6 +609,7 @@ class Parser:
                 return tree
 
     def base(self):
+        """What a power or a product is made of: a number, group, |x|, symbol or function."""
         token = self.take()
         if token is None:
             raise NotMath
@@ -718,6 +719,7 @@ class Parser:
         return self.base()
 
     def function(self, name):
+        """\\frac, \\sqrt[n] and \\log_2, \\sin^2 x, \\sin^{-1}, ... after their name."""
         if name in ("frac", "binom"):
             return ("call", name, [self.argument(), self.argument()])
         if name == "sqrt":
@@ -1013,6 +1015,8 @@ def numeric(tree, mp, log):
 
 
 def transcendental(name, values, mp, log):
+    """A function's value by mpmath (mp); `log` is the base of a bare log. NotMath for a name that
+    none has."""
     x = values[0]
     match name:
         case "log":
@@ -2219,15 +2223,7 @@ def run_judge(mode):
     setup, test = json.loads(read_descriptor(4))
     sys.stdout = sys.stderr = open(1, "w", closefd=False)
     calls, answers = open(5, "wb"), open(6, "rb")
-    line = answers.readline(MAX_OUTPUT)
-    try:
-        offered = json.loads(line)
-        if not isinstance(offered, dict):
-            raise ValueError
-    except ValueError:  # the program ended, and may have said why
-        kind = line.split(b" ", 1)
-        report(line[:100].strip() if kind[0] == b"error" else b"error no answer")
-        os._exit(1)
+    offered = read_offer(answers)
 
     def ask(form, arguments):
         calls.write(json.dumps(form).encode() + b"\n")
@@ -2276,6 +2272,21 @@ def run_judge(mode):
     else:
         report(b"passed")
     os._exit(0)
+
+
+def read_offer(answers):
+    """The program's first message: its names. Without one the judge ends: the program did, and may
+    have said why."""
+    line = answers.readline(MAX_OUTPUT)
+    try:
+        offered = json.loads(line)
+        if isinstance(offered, dict):
+            return offered
+    except ValueError:
+        pass
+    kind = line.split(b" ", 1)
+    report(line[:100].strip() if kind[0] == b"error" else b"error no answer")
+    os._exit(1)
 
 
 def wanted_names(offered, test):

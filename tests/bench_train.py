@@ -141,7 +141,8 @@ def train_worker(model_dir, data_files, batch_size, recompute, steps, max_seq_le
 
 def bench_step(args):
     common = (args.model, ",".join(args.data), args.batch_size)
-    variants = {f"transformers, {micro} rows{', checkpointing' if recompute else ''}": ("transformers", *common, micro, recompute)
+    variants = {f"transformers, {micro} rows{', checkpointing' if recompute else ''}":
+                ("transformers", *common, micro, recompute)
                 for micro in args.micro_batches for recompute in args.checkpointing}
     variants |= {f"train.py, recompute {recompute}": ("train", *common, recompute)
                  for recompute in args.recompute}

@@ -108,7 +108,8 @@ def test_a_folder_with_another_template_is_rendered_from_it(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     ids, mask = encode_conversation(tokenizer, [USER, ASSISTANT])
     assert tokenizer.end_token == "<|endoftext|>"
-    assert tokenizer.decode(ids) == f"[user] {USER['content']}<|endoftext|>[assistant] {ASSISTANT['content']}<|endoftext|>"
+    assert tokenizer.decode(ids) == (f"[user] {USER['content']}<|endoftext|>"
+                                     f"[assistant] {ASSISTANT['content']}<|endoftext|>")
     assert tokenizer.decode([i
                              for i, m in zip(ids, mask)
                              if m]) == ASSISTANT["content"] + "<|endoftext|>"
@@ -820,6 +821,20 @@ def test_benchmarks_are_found_by_name(tmp_path, monkeypatch):
         list(read_problems([tmp_path / "aime25"]))
     with pytest.raises(FileNotFoundError, match="math-ai/aime25 is neither a path"):
         list(read_problems(["aime25"]))
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_an_error_of_one_rank_alone_is_told_by_that_rank(everywhere, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    def main():
+        error = ValueError("mine")
+        error.everywhere = everywhere
+        raise error
+    with pytest.raises(SystemExit):
+        data.one_line_errors(main)
+    assert capsys.readouterr().err == ("" if everywhere else "error: mine\n")
 
 
 def test_the_choice_prompt_names_as_many_letters_as_there_are_options(tmp_path):

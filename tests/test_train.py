@@ -453,7 +453,8 @@ def test_resume_refuses_changed_settings_by_name(run, model_dir, rows_file, tmp_
     status, _, errors = run(*arguments, "--learning_rate", 5e-4, "--seed", 1)
     assert status == 2 and "learning_rate (was 0.001, is 0.0005), seed (was 42, is 1)" in errors
     with open(rows_file, "a") as file:
-        file.write('{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}\n')
+        file.write('{"messages": [{"role": "user", "content": "1"}, '
+                   '{"role": "assistant", "content": "2"}]}\n')
     assert "changed: data" in run(*arguments)[2]
 
 
@@ -499,7 +500,7 @@ def limited(folder, model, optimizer, step, *rest):
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     save(folder, model, optimizer, step, *rest)
 train.save_checkpoint = limited
-train.data.run(train.main)
+train.data.run(train.main, "")
 """)
     done = run_script(script, *arguments, processes=2, check=False)
     assert "step-000004" in done.stderr and "then --resume" in done.stderr and ended_with_2(done), done.stderr
@@ -513,7 +514,8 @@ def test_the_disk_is_checked_before_the_first_step(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(train.shutil, "disk_usage",
                         lambda path: shutil._ntuple_diskusage(100, 50, 10 ** 9))
     train.check_disk(tmp_path, num_parameters=10 ** 8, keep=2, dtype=torch.bfloat16)
-    assert "will need 3.8 GB (3 checkpoints of 1.2 GB, export 0.2 GB), the disk has 1.0 GB free" in capsys.readouterr().err
+    assert ("will need 3.8 GB (3 checkpoints of 1.2 GB, export 0.2 GB), the disk has 1.0 GB free"
+            in capsys.readouterr().err)
     train.check_disk(tmp_path, num_parameters=10 ** 6, keep=2, dtype=torch.bfloat16)
     assert capsys.readouterr().err == ""
 

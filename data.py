@@ -528,7 +528,8 @@ def check_text(text, what):
 # ------------------------------------------------------------------------------- the built-in tasks
 
 # Three families whose answer is hard to say at once and easy to work out, and how long their
-# problems are: one in eight has the last size, and all that are `harder`.
+# problems are: all that are `harder` have the last size, and one in eight of the others (more in
+# large splits, where the short ones of a family run out).
 SIZES = {"addition": (2, 3, 4), "last_digit": (3, 4, 5), "multiply_out": (3, 4, 5)}
 CHOICES = "ABCDEFGHIJ"
 
@@ -569,7 +570,7 @@ def multiply_out(generator, size):
             else:
                 b += n
             steps.append(f"{sign}{n}: {a}*x+{b}")
-            if b >= 40:
+            if b >= 40:  # small tables to learn
                 break
         else:
             break
@@ -633,8 +634,9 @@ CARRIED = ("subject", "level", "difficulty", "contest_date")  # to score by; kep
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A benchmark by its name: the hub data set, a pattern of its files' names, and how the recipe
-    samples it. Small sets take several samples: one answer to each of 30 problems is noise."""
+    """A benchmark by its name: the hub data set, a pattern of its files' names, and how it is
+    sampled: at the recipe's temperature, small sets several times, as one answer to each of 30
+    problems is noise."""
     hub: str
     files: str
     n: int = 1

@@ -189,8 +189,7 @@ class Engine:
         self.device, self.length = parameter.device, length
         self.interval = INTERVAL[self.device.type]
         self.compact = self.device.type == "cpu" and parameter.dtype == torch.float32
-        # in whole steps of 64: attention over a remainder rounds otherwise in bf16
-        cells = -(-(length + self.interval) // 64) * 64
+        cells = cells_of(length, self.device.type)
         self.cache = KeyValueCache(model.config, num_slots, cells, parameter.dtype, self.device,
                                    getattr(model, "num_key_value_heads", None))
         self.rows = [None] * num_slots       # the requests
@@ -283,14 +282,14 @@ class Engine:
         longest = max(len(self.rows[slot].prompt) + len(self.rows[slot].tokens) for slot in active)
         multiple = LENGTH_STEP[self.device.type]
         length = min(-(-(longest + n) // multiple) * multiple, self.cache.k.shape[3])
-        step = self.captured(B, length) if self.device.type == "cuda" else self.step
+        step = (self.captured(B, length) if self.device.type == "cuda"
+                else lambda: self.step(B, length))
         history = []
         for _ in range(n):
-            step(B, length)
+            step()
             history.append(self.input_ids[:B].clone())
         self.num_steps += n
-        chosen = torch.stack(history)[:, active].tolist()
-        return chosen
+        return torch.stack(history)[:, active].tolist()
 
     def step(self, B, length):
         """One token for each of the first B slots, from and into the engine's tensors."""
@@ -319,8 +318,7 @@ class Engine:
                                       strict=True):
                 tensor.copy_(before)
             self.graphs[B, length] = graph
-        graph = self.graphs[B, length]
-        return lambda B, length: graph.replay()
+        return self.graphs[B, length].replay
 
     def close_gaps(self):
         """Moves the last rows into the slots of finished ones, so that the batch is the first
@@ -336,6 +334,12 @@ class Engine:
                     self.seen[target] = self.seen[source]
                 self.rows[target], self.rows[source] = self.rows[source], None
                 self.prompts[target] = self.prompts[source]
+
+
+def cells_of(length, device_type):
+    """Cells of the cache for a row of `length` tokens, those that it steps beyond its end among
+    them: in whole steps of 64, as attention over a remainder rounds otherwise in bf16."""
+    return -(-(length + INTERVAL[device_type]) // 64) * 64
 
 
 def free_memory(device):
@@ -398,7 +402,7 @@ def plan_slots(model, length, max_batch_tokens=None, most=None):
             f"value cache, there is room for {max(0, max_batch_tokens):,} tokens: lower "
             "--max_new_tokens, raise --max_batch_tokens, or spread the model with "
             "--tensor_parallel")
-    return min(most, max_batch_tokens // length)
+    return min(most, max(1, max_batch_tokens // cells_of(length, parameter.device.type)))
 
 
 def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, seed=0,

@@ -1412,10 +1412,10 @@ def one_line_errors(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (ValueError, OSError) as error:
-        rank = int(os.environ.get("RANK", 0))
-        if rank > 0:
-            time.sleep(3)  # torchrun ends the others as soon as one has ended: rank 0 speaks first
-        if rank == 0 or not getattr(error, "everywhere", False):
+        rank, everywhere = int(os.environ.get("RANK", 0)), getattr(error, "everywhere", False)
+        if rank > 0:  # torchrun ends the others as soon as one has ended: rank 0 speaks first
+            time.sleep(3 if everywhere else 10)
+        if rank == 0 or not everywhere:
             text = str(error)
             if getattr(error, "filename", None):
                 text = f"{error.filename}: {error.strerror}"

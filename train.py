@@ -190,6 +190,12 @@ def start_processes(deterministic):
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def on_every_rank(error):
+    """The error, marked as one that every rank raises: rank 0 alone tells it."""
+    error.everywhere = True
+    return error
+
+
 def agreed(function, *args):
     """function(*args) on every rank; an error that a user can mend is raised on all ranks if it is
     raised on one."""
@@ -202,8 +208,7 @@ def agreed(function, *args):
     dist.all_gather_object(errors, error)
     for error in errors:
         if error is not None:
-            error.everywhere = True
-            raise error
+            raise on_every_rank(error)
     return result
 
 
@@ -406,8 +411,8 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep):
         if dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
         reason = next(iter(error.failures.values()))[0]
-        raise OSError(f"cannot write the checkpoint {path} ({reason}): free some disk, then "
-                      f"--resume") from None
+        raise on_every_rank(OSError(f"cannot write the checkpoint {path} ({reason}): free some "
+                                    f"disk, then --resume")) from None
 
     def publish():
         write_durably(aside / "state.json",
@@ -528,8 +533,8 @@ def same_everywhere(settings):
     for rank, other in enumerate(seen):
         if other != seen[0]:
             keys = [k for k in settings if other[k] != seen[0][k]]
-            raise ValueError(f"rank {rank} sees another {', '.join(keys)} than rank 0: give every "
-                             f"node the same files")
+            raise on_every_rank(ValueError(f"rank {rank} sees another {', '.join(keys)} than rank "
+                                           f"0: give every node the same files"))
 
 
 class Log:
@@ -766,11 +771,9 @@ def refuse_step(step, rows, mine, losses, grad_norm):
     where = f"(gradient norm {grad_norm})"
     if names:
         where = f"on rows {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
-    error = ValueError(f"the loss is not finite at step {step} {where}: the step is not taken; "
-                       "mend these rows or lower --learning_rate, and begin a run with another "
-                       "--out")
-    error.everywhere = True
-    raise error
+    raise on_every_rank(ValueError(
+        f"the loss is not finite at step {step} {where}: the step is not taken; mend these rows or "
+        f"lower --learning_rate, and begin a run with another --out"))
 
 
 def load_data(args, config, tokenizer):

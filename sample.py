@@ -721,6 +721,10 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         raise ValueError(f"{request.full_url} leads on to {url}: name that as --endpoint")
 
 
+class Refused(ValueError):
+    """A server that works, but not on this request: a prompt too long for it, for one."""
+
+
 class Endpoint:
     """Answers by a server that speaks OpenAI's chat completions: vLLM, SGLang, llama.cpp, OpenAI.
     The key comes from OPENAI_API_KEY and is shown nowhere."""
@@ -735,8 +739,10 @@ class Endpoint:
         self.opener = urllib.request.build_opener(NoRedirect)
 
     def answers(self, jobs, told):
-        """As Local.answers, --concurrency requests at a time."""
-        start, tokens = time.monotonic(), 0
+        """As Local.answers, --concurrency requests at a time. An error ends all, after what others
+        have answered; requests that are refused do so if they are most, else are told at the
+        end."""
+        start, tokens, answered, refused = time.monotonic(), 0, 0, []
         jobs, pending, error = iter(jobs), set(), None
         with concurrent.futures.ThreadPoolExecutor(self.args.concurrency) as threads:
             while True:
@@ -755,15 +761,24 @@ class Endpoint:
                     print(f"waiting for {len(pending)} answers; Ctrl-C again drops them",
                           file=sys.stderr)
                     continue
-                for future in finished:  # an error ends all, after what others have answered
-                    if future.exception():
-                        error = error or future.exception()
+                for future in finished:
+                    problem = future.exception()
+                    if isinstance(problem, Refused):
+                        refused.append(problem)
+                        if len(refused) <= answered + self.args.concurrency:
+                            continue
+                    if problem:
+                        error = error or problem
                         continue
+                    answered += 1
                     tokens += future.result()[3] or 0
                     told(tokens / (time.monotonic() - start))
                     yield future.result()
         if error:
             raise error
+        if refused:
+            raise ValueError(f"{refused[0]}: so {len(refused)} of {answered + len(refused)} "
+                             "requests were refused; the answers of the others are kept")
 
     def answer(self, job):
         """One job's result as `answers` yields it; ValueError for a reply in another form."""
@@ -803,7 +818,8 @@ class Endpoint:
                 problem = f"status {error.code} {said(error)}"
                 if error.code != 429 and error.code < 500:
                     hint = ": is OPENAI_API_KEY right?" if error.code in (401, 403) else ""
-                    raise ValueError(f"{self.url}: {problem}{hint}") from None
+                    kind = Refused if error.code in (400, 413, 422) else ValueError
+                    raise kind(f"{self.url}: {problem}{hint}") from None
                 after = error.headers.get("Retry-After") or ""
                 asked = min(int(after), 120) if after.isdigit() else 0
             except (OSError, http.client.HTTPException, json.JSONDecodeError, UnicodeDecodeError,

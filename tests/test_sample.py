@@ -332,6 +332,10 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
             turn = self.asked % 6
         if body["model"] == "locked":
             self.reply(401, b'{"error": "no"}')
+        elif body["model"] == "narrow" and 7 * "1+" in body["messages"][-1]["content"]:
+            self.reply(400, b"too long")
+        elif body["model"] == "wrong":
+            self.reply(400, b"no such thing")
         elif turn == 1:
             self.reply(429, b"slow down")
         elif turn == 2:
@@ -418,6 +422,19 @@ def test_an_error_of_one_request_keeps_the_answers_of_the_others(problems, tmp_p
     with pytest.raises(ValueError, match="refused"):
         sample.main()
     assert {"0", "1", "3"} <= {row["id"] for row in rows_of(tmp_path / "out.jsonl")}
+
+
+def test_a_request_that_is_refused_does_not_keep_the_others_from_being_answered(
+        server, problems, tmp_path, monkeypatch):
+    flags = ["--endpoint", server, "--problems", problems, "--n", 2, "--concurrency", 3,
+             "--endpoint_model"]
+    with pytest.raises(ValueError, match="status 400 too long: so 2 of 24 requests were refused"):
+        call(monkeypatch, *flags, "narrow", "--out", tmp_path / "out.jsonl")
+    assert len(rows_of(tmp_path / "out.jsonl")) == 22
+    FaultyServer.asked = 0
+    with pytest.raises(ValueError, match="status 400 no such thing$"):
+        call(monkeypatch, *flags, "wrong", "--out", tmp_path / "none.jsonl")
+    assert FaultyServer.asked < 12  # most were not even tried
 
 
 def test_the_key_is_neither_shown_nor_sent_on(problems, tmp_path, monkeypatch):

@@ -1246,16 +1246,20 @@ def read_samples(path):
         yield row
 
 
-def chosen_problems(args):
+def chosen_problems(args, rank):
     """--problems within --limit and the difficulties asked for."""
     problems = list(data.read_problems(args.problems))
     if args.min_difficulty is not None or args.max_difficulty is not None:
         low, high = args.min_difficulty or 0, args.max_difficulty or 10
         for problem in problems:
-            if not isinstance(problem.get("difficulty"), int):
+            if not isinstance(problem.get("difficulty", ""), int | None):
                 raise ValueError(f"problem {problem['id']} has no `difficulty` from 1 to 10: run "
                                  "--label_difficulty first")
-        problems = [problem for problem in problems if low <= problem["difficulty"] <= high]
+        graded = [problem for problem in problems if problem["difficulty"] is not None]
+        if len(graded) < len(problems) and rank == 0:
+            print(f"{len(problems) - len(graded)} problems got no grade and are left out",
+                  file=sys.stderr)
+        problems = [problem for problem in graded if low <= problem["difficulty"] <= high]
     return problems[:args.limit]
 
 
@@ -1307,9 +1311,9 @@ def main():
     if args.rewrite:
         jobs, finish = rewriting_jobs(read_samples(args.rewrite)), rewritten
     elif args.label_difficulty:
-        jobs, finish = difficulty_jobs(chosen_problems(args)), labelled
+        jobs, finish = difficulty_jobs(chosen_problems(args, rank)), labelled
     else:
-        jobs, finish = sampling_jobs(chosen_problems(args), args), sampled
+        jobs, finish = sampling_jobs(chosen_problems(args, rank), args), sampled
     settings = {name: getattr(args, name) for name in (
         "model", "endpoint_model", "temperature", "top_p", "top_k", "repetition_penalty", "seed",
         "max_new_tokens", "system", "stop", "dtype", "min_think", "max_think", "rewrite",

@@ -482,6 +482,11 @@ def test_difficulty_is_labelled_and_problems_are_chosen_by_it(server, problems, 
     assert rows_of(tmp_path / "none.jsonl") == []
     with pytest.raises(ValueError, match="label_difficulty"):
         call(monkeypatch, *endpoint, "--problems", problems, "--min_difficulty", 3)
+    out.write_text("".join(json.dumps(row | {"difficulty": None if row["id"] == "3" else 7}) + "\n"
+                           for row in rows_of(out)))  # one whose grader gave no number
+    call(monkeypatch, *endpoint, "--problems", out, "--min_difficulty", 7, "--out",
+         tmp_path / "graded_alone.jsonl")
+    assert len(rows_of(tmp_path / "graded_alone.jsonl")) == 11
 
 
 @pytest.mark.parametrize("kind, response, answer", [

@@ -46,33 +46,26 @@ from tqdm import tqdm
 
 from model import IGNORE, Qwen2Config
 
-# The system prompts of the trained model and of its teacher, by name; the spelling is the
-# original's.
+# The system prompts of the trained model and of its teacher, by name, in the original's spelling.
 SYSTEM_PROMPTS = {
     "skyt1": (
         "Your role as an assistant involves thoroughly exploring questions through a systematic "
-        "long thinking process before "
-        "providing the final precise and accurate solutions. This requires engaging in a "
-        "comprehensive cycle of analysis, "
-        "summarizing, exploration, reassessment, reflection, backtracing, and iteration to "
-        "develop well-considered thinking "
-        "process. Please structure your response into two main sections: Thought and Solution. In "
-        "the Thought section, detail "
-        "your reasoning process using the specified format: <|begin_of_thought|> {thought with "
-        "steps separated with '\n\n'} "
+        "long thinking process before providing the final precise and accurate solutions. This "
+        "requires engaging in a comprehensive cycle of analysis, summarizing, exploration, "
+        "reassessment, reflection, backtracing, and iteration to develop well-considered "
+        "thinking process. Please structure your response into two main sections: Thought and "
+        "Solution. In the Thought section, detail your reasoning process using the specified "
+        "format: <|begin_of_thought|> {thought with steps separated with '\n\n'} "
         "<|end_of_thought|> Each step should include detailed considerations such as analisying "
-        "questions, summarizing "
-        "relevant findings, brainstorming new ideas, verifying the accuracy of the current steps, "
-        "refining any errors, and "
-        "revisiting previous steps. In the Solution section, based on various attempts, "
-        "explorations, and reflections from the "
+        "questions, summarizing relevant findings, brainstorming new ideas, verifying the "
+        "accuracy of the current steps, refining any errors, and revisiting previous steps. In "
+        "the Solution section, based on various attempts, explorations, and reflections from the "
         "Thought section, systematically present the final solution that you deem correct. The "
-        "solution should remain a "
-        "logical, accurate, concise expression style and detail necessary step needed to reach "
-        "the conclusion, formatted as "
-        "follows: <|begin_of_solution|> {final formatted, precise, and clear solution} "
-        "<|end_of_solution|> Now, try to solve "
-        "the following question through the above guidelines:"),
+        "solution should remain a logical, accurate, concise expression style and detail "
+        "necessary step needed to reach the conclusion, formatted as follows: "
+        "<|begin_of_solution|> {final formatted, precise, and clear solution} "
+        "<|end_of_solution|> Now, try to solve the following question through the above "
+        "guidelines:"),
     "qwq": ("You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You "
             "should think step-by-step."),
 }
@@ -83,27 +76,25 @@ TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
         "<|end_of_solution|>")  # plain text to Qwen's tokenizer
 MATH_PROMPT = "Return your final response within \\boxed{}. "
 CHOICE_PROMPT = ("Return your final response within \\boxed{} and only include the letter choice "
-                 "(A, B, C, or D) as your final "
-                 "response. ")
+                 "(A, B, C, or D) as your final response. ")
 STDIN_PROMPT = ("Generate an executable Python function generated from the given prompt. The "
-                "function should take stdin as "
-                "input and print the output. Simply call the function after the definition. ")
+                "function should take stdin as input and print the output. Simply call the "
+                "function after the definition. ")
 CALL_PROMPT = ("Generate an executable Python function generated from the given prompt. Return "
-               "the function body without "
-               "invoking it at the final solution. ")
+               "the function body without invoking it at the final solution. ")
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
          "gpt": "assistant"}
 DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
+DATA_PATTERNS = [f"*{suffix}" for suffix in DATA_SUFFIXES]
 MAX_SEQ_LEN = 16384  # the recipe's
-CACHE_VERSION = 2  # part of the cache's key: raise it when the meaning of the cached files changes
+CACHE_VERSION = 2  # part of the cache's key: raise it when what the cached files mean changes
 
 
 # ---------------------------------------------------------------------- tokenizer and chat template
 
 class Tokenizer:
-    """tokenizer.json and what its folder says beside it: end token, pad token, chat template (None:
-    Qwen2.5's)."""
+    """tokenizer.json, and its folder's end token, pad token and chat template (None: Qwen2.5's)."""
 
     def __init__(self, backend, bos_token=None, eos_token=None, pad_token=None, template=None,
                  folder=None):
@@ -137,35 +128,33 @@ class Tokenizer:
 
     @functools.cached_property
     def end_token(self):
-        """What the chat template puts behind an assistant's turn: the token that generation stops
-        on."""
-        question, answer = {"role": "user", "content": "?"}, {"role": "assistant",
-                                                              "content": "ANSWER"}
+        """What the chat template puts behind an answer: the token that generation stops on."""
+        question = {"role": "user", "content": "?"}
         if self.render([question], add_generation_prompt=True) == self.render([question]):
-            raise ValueError(f"{self.folder}: the chat template does not know "
-                             f"add_generation_prompt, so where an answer starts "
-                             "cannot be told: mend it")
-        end = self.render([question, answer]).rpartition("ANSWER")[2].strip() or self.eos_token
+            raise ValueError(f"{self.folder}: the chat template does not know add_generation_prompt"
+                             ", so where an answer starts cannot be told: mend it")
+        text = self.render([question, {"role": "assistant", "content": "ANSWER"}])
+        end = text.rpartition("ANSWER")[2].strip() or self.eos_token
         if not end:
             raise ValueError(f"{self.folder}: neither chat template nor tokenizer_config.json "
-                             f"name an end token")
+                             "name an end token")
         return end
 
     def save(self, folder):
-        """Writes the tokenizer files: copies of the folder's own, or those of the built-in
-        tokenizer."""
-        names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                 "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"]
+        """Writes copies of the own folder's files, or those of the built-in tokenizer."""
+        folder = Path(folder)
         if self.folder is not None:
-            for name in names:
-                if (Path(self.folder) / name).is_file():
-                    shutil.copyfile(Path(self.folder) / name, Path(folder) / name)
+            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                         "special_tokens_map.json", "vocab.json", "merges.txt",
+                         "added_tokens.json"):
+                if (self.folder / name).is_file():
+                    shutil.copyfile(self.folder / name, folder / name)
             return
-        self.backend.save(str(Path(folder) / names[0]))
+        self.backend.save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_token,
                   "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False,
                   "chat_template": self.template}
-        (Path(folder) / names[1]).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_tokenizer(model_dir):
@@ -175,11 +164,11 @@ def load_tokenizer(model_dir):
     if model_dir == "builtin:tiny":
         return builtin_tokenizer()
     folder = Path(model_dir)
-    path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    jinja_path = folder / "chat_template.jinja"
+    path, config_path, jinja_path = (folder / name for name in (
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: copy the tokenizer of the model that the "
-                                f"weights come from")
+                                "weights come from")
     try:
         backend = Backend.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
@@ -210,8 +199,8 @@ def builtin_tokenizer():
     choice = recipe_prompt({"kind": "choice", "prompt": "".join(f"{c}) \n" for c in CHOICES)})
     backend.add_tokens([AddedToken(t, normalized=False) for t in
                         (*TAGS, MATH_PROMPT, CALL_PROMPT, choice.partition("A) ")[0])])
-    template = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content "
-                "}}<|im_end|>\n{% endfor %}"
+    template = ("{% for message in messages %}<|im_start|>{{ message.role }}\n"
+                "{{ message.content }}<|im_end|>\n{% endfor %}"
                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     return Tokenizer(backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", template=template)
 
@@ -230,15 +219,14 @@ def compiled_template(template):
 
 
 def render_chat(messages, add_generation_prompt=False, template=None, bos_token="", eos_token=""):
-    """The text of a conversation. Without a template (jinja2 source) it is Qwen2.5-Instruct's,
-    default system included. Raises ValueError for messages or a template that cannot be
-    rendered."""
+    """The text of a conversation by a template (jinja2 source), by default Qwen2.5-Instruct's with
+    its default system turn. ValueError for messages or a template that cannot be rendered."""
     if template is not None:
         import jinja2
         try:
-            return compiled_template(template).render(messages=messages,
-                                                      add_generation_prompt=add_generation_prompt,
-                                                      bos_token=bos_token, eos_token=eos_token)
+            return compiled_template(template).render(
+                messages=messages, add_generation_prompt=add_generation_prompt,
+                bos_token=bos_token, eos_token=eos_token)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template fails on these messages: {error}") from None
     if messages[0]["role"] != "system":
@@ -253,11 +241,8 @@ def render_chat(messages, add_generation_prompt=False, template=None, bos_token=
 def conversation_segments(tokenizer, messages, end_token=None):
     """A conversation as (text, is_target) pieces that are tokenised one by one. A cut lies exactly
     where generation will start, so that the tokens learnt are those that a prompt is continued
-    with, even if an answer begins with a newline.
-
-    `end_token` replaces the template's behind each answer; if it is another one, the text ends
-    there.
-    """
+    with, even if an answer begins with a newline. `end_token` replaces the template's behind each
+    answer; if it is another one, the text ends there."""
     segments, done, end = [], "", tokenizer.end_token
     for k, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -280,8 +265,7 @@ def conversation_segments(tokenizer, messages, end_token=None):
 
 def encode_conversation(tokenizer, messages, end_token=None):
     """messages (dicts of role and content) -> (token ids, mask): mask[i] is 1 exactly when token i
-    is a target, that is the text of every assistant turn and its end token. Targets are not shifted
-    here."""
+    is a target (unshifted): the text of every assistant turn and its end token."""
     ids, mask = [], []
     for text, is_target in conversation_segments(tokenizer, messages, end_token):
         tokens = tokenizer.encode(text)
@@ -294,10 +278,7 @@ def encode_conversation(tokenizer, messages, end_token=None):
 
 def find(name, repo_type, patterns):
     """The local path of a file or folder, or of a hub repository (fetched once; HF_HUB_OFFLINE uses
-    the cache alone).
-
-    A name that looks like a path never asks the hub. Raises FileNotFoundError with the reason.
-    """
+    the cache alone). A name that looks like a path never asks the hub. Raises FileNotFoundError."""
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -324,35 +305,32 @@ def find_model(name, weights=True):
 def find_data(name):
     """The data files of one --data argument: a file, or those of a folder or hub data set, its
     train split if it has one."""
-    path = find(name, "dataset", [f"*{suffix}" for suffix in DATA_SUFFIXES])
+    path = find(name, "dataset", DATA_PATTERNS)
     if path.is_file():
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.name.endswith(DATA_SUFFIXES)
-                   and p.name != "dataset_infos.json")
-    files = [p
-             for p in files
-             if re.search(r"(^|[^a-z])train([^a-z]|$)", str(p.relative_to(path)))] or files
-    if not files:
-        raise FileNotFoundError(f"{name} holds no data file ({', '.join(DATA_SUFFIXES)})")
-    return files
+    for pattern in (r"(^|[^a-z])train([^a-z]|$)", ""):
+        if files := [p for p in files_below(path, pattern) if p.name != "dataset_infos.json"]:
+            return files
+    raise FileNotFoundError(f"{name} holds no data file ({', '.join(DATA_SUFFIXES)})")
+
+
+def files_below(folder, pattern=""):
+    """The data files of a folder and its folders whose path in it has the pattern."""
+    return sorted(p for p in folder.rglob("*") if p.name.endswith(DATA_SUFFIXES)
+                  and re.search(pattern, str(p.relative_to(folder))))
 
 
 def read_rows(path):
     """Yields (row, line number) of a .json, .jsonl, .csv or .parquet file; rows of the last are
-    counted from 1.
-
-    Raises ValueError naming file and line for what is not UTF-8, not JSON, or not an object; and
-    for an empty file.
-    """
-    rows, empty = {".csv": csv_rows, ".parquet": parquet_rows}.get(path.suffix,
-                                                                   json_rows)(path), True
-    for row, line in rows:
-        empty = False
+    counted from 1. Raises ValueError naming file and line for what is not UTF-8, not JSON, or not
+    an object; and for an empty file."""
+    reader, line = {".csv": csv_rows, ".parquet": parquet_rows}.get(path.suffix, json_rows), None
+    for row, line in reader(path):
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{line}: a row must be an object, this one is a "
                              f"{type(row).__name__}")
         yield row, line
-    if empty:
+    if line is None:
         raise ValueError(f"{path} holds no rows")
 
 
@@ -369,27 +347,23 @@ def json_rows(path):
             for number, line in enumerate(file, 1):
                 try:
                     text = line.decode("utf-8-sig")
-                except UnicodeDecodeError as error:
-                    raise not_utf8(path, number, error) from None
-                if text.strip():
-                    try:
+                    if text.strip():
                         yield json.loads(text), number
-                    except (ValueError, RecursionError) as error:
-                        raise broken_json(path, number, error) from None
+                except (ValueError, RecursionError) as error:
+                    raise broken(path, number, error) from None
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path} is not a complete gzip file ({error})") from None
 
 
-def not_utf8(path, line, error):
-    line += error.object[:error.start].count(b"\n")
-    return ValueError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#x}): save the "
-                      f"file as UTF-8")
-
-
-def broken_json(path, line, error):
-    error = "nested too deep" if isinstance(error, RecursionError) else error
+def broken(path, line, error, form="JSON"):
+    """The ValueError for a file that cannot be read at a line; `error` may be the bare reason."""
+    if isinstance(error, UnicodeDecodeError):
+        line += error.object[:error.start].count(b"\n")
+        return ValueError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#x}): save "
+                          "the file as UTF-8")
     reason = getattr(error, "msg", error)
-    return ValueError(f"{path}:{line}: broken JSON ({reason})")
+    reason = "nested too deep" if isinstance(error, RecursionError) else reason
+    return ValueError(f"{path}:{line}: broken {form} ({reason})")
 
 
 def array_rows(path, file, block=2 ** 17):
@@ -400,7 +374,7 @@ def array_rows(path, file, block=2 ** 17):
         try:
             piece = file.read(block)
         except UnicodeDecodeError as error:
-            raise not_utf8(path, line + window.count("\n"), error) from None
+            raise broken(path, line + window.count("\n"), error) from None
         window += piece
         while True:
             blank = len(window) - len(window.lstrip())
@@ -417,15 +391,15 @@ def array_rows(path, file, block=2 ** 17):
                 except (json.JSONDecodeError, RecursionError) as error:
                     if piece and isinstance(error, json.JSONDecodeError):
                         break  # perhaps the row goes on in the next block
-                    raise broken_json(path, line, error) from None
+                    raise broken(path, line, error) from None
                 yield row, line
                 line, window = line + window[:end].count("\n"), window[end:]
                 marks, row_next = ",]", False
             else:
                 place = "after the array" if closed else "after a row"
-                raise broken_json(path, line, f"{window[:20]!r} {place}")
+                raise broken(path, line, f"{window[:20]!r} {place}")
     if not closed:
-        raise broken_json(path, line, "the array does not end: is the file truncated?")
+        raise broken(path, line, "the array does not end: is the file truncated?")
 
 
 def csv_rows(path):
@@ -436,47 +410,42 @@ def csv_rows(path):
             for row in reader:
                 if None in row or None in row.values():
                     raise ValueError(f"{path}:{reader.line_num}: {len(reader.fieldnames)} columns "
-                                     f"in the header, not in this row")
+                                     "in the header, not in this row")
                 yield row, reader.line_num
-        except UnicodeDecodeError as error:
-            raise not_utf8(path, reader.line_num, error) from None
-        except csv.Error as error:
-            raise ValueError(f"{path}:{reader.line_num}: broken CSV ({error})") from None
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise broken(path, reader.line_num, error, "CSV") from None
 
 
 def parquet_rows(path):
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise ValueError(f"{path}: reading parquet needs pyarrow (pip install pyarrow), or "
-                         f"convert it once with: python -c "
-                         f"\"import pandas; "
-                         f"pandas.read_parquet('{path.name}').to_json('rows.jsonl', "
-                         f"orient='records', "
-                         "lines=True)\"") from None
-    number = 0
-    for batch in parquet.ParquetFile(path).iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield row, number
+        raise ValueError(f"{path}: reading parquet needs pyarrow (pip install pyarrow), or convert "
+                         "it once with: python -c \"import pandas; pandas.read_parquet("
+                         f"'{path.name}').to_json('rows.jsonl', orient='records', lines=True)\""
+                         ) from None
+    rows = (row for batch in parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
+    yield from ((row, number) for number, row in enumerate(rows, 1))
 
 
 def recipe_prompt(problem):
     """The user turn that the recipe makes of a problem, by its kind. ValueError for another kind or
     malformed tests."""
-    kind, tests = problem.get("kind"), problem.get("tests") or [{}]
-    if kind not in ("math", "choice", "code", None):
-        raise ValueError(f"unknown kind {kind!r}: must be math, choice or code")
-    if kind == "code" and not (isinstance(tests, list) and isinstance(tests[0], dict)):
-        raise ValueError("`tests` must be a list of objects")
+    kind, question, tests = problem.get("kind"), problem["prompt"], problem.get("tests") or [{}]
+    if kind is None:
+        return question
+    if kind == "math":
+        return MATH_PROMPT + question
     if kind == "choice":  # the recipe's prompt names four letters; MMLU-Pro has up to ten
-        letters = sorted(set(re.findall(r"^([A-Z])\) ", problem["prompt"], re.M)))
+        letters = sorted(set(re.findall(r"^([A-Z])\) ", question, re.M)))
         *letters, last = letters if len(letters) > 1 else "ABCD"
-        return (CHOICE_PROMPT.replace("A, B, C, or D", f"{', '.join(letters)}, or {last}")
-                + problem["prompt"])
-    prompt = {"math": MATH_PROMPT, None: ""}
-    return (prompt[kind] if kind != "code" else STDIN_PROMPT if "input" in tests[0]
-            else CALL_PROMPT) + problem["prompt"]
+        named = f"{', '.join(letters)}, or {last}"
+        return CHOICE_PROMPT.replace("A, B, C, or D", named) + question
+    if kind != "code":
+        raise ValueError(f"unknown kind {kind!r}: must be math, choice or code")
+    if not (isinstance(tests, list) and isinstance(tests[0], dict)):
+        raise ValueError("`tests` must be a list of objects")
+    return (STDIN_PROMPT if "input" in tests[0] else CALL_PROMPT) + question
 
 
 def to_messages(row, system="skyt1"):
@@ -494,8 +463,7 @@ def to_messages(row, system="skyt1"):
         row = {"system": None if system == "none" else SYSTEM_PROMPTS.get(system, system)}
     else:
         raise ValueError(f"not a training row (fields: {', '.join(map(str, row)) or 'none'}): it "
-                         f"needs `conversations`, "
-                         "`messages`, or `prompt` and `response`")
+                         "needs `conversations`, `messages`, or `prompt` and `response`")
     if row.get("system"):
         turns.insert(0, turn_of({"role": "system", "content": row["system"]}, "role", "content"))
     roles = [turn["role"] for turn in turns]
@@ -668,10 +636,8 @@ def find_evaluation(name):
     if path.parent != Path() and not path.is_dir():
         raise FileNotFoundError(f"{path.parent} holds no file of {path.name} (such as "
                                 f"{path.name}.jsonl)")
-    root = path if path.is_dir() else find(evaluation.hub, "dataset",
-                                           [f"*{suffix}" for suffix in DATA_SUFFIXES])
-    files = [p for p in sorted(root.rglob("*")) if p.name.endswith(DATA_SUFFIXES)
-             and re.search(evaluation.files, str(p.relative_to(root)))]
+    root = path if path.is_dir() else find(evaluation.hub, "dataset", DATA_PATTERNS)
+    files = files_below(root, evaluation.files)
     if not files:
         raise FileNotFoundError(f"{root} holds no data file whose name has {evaluation.files}")
     return files

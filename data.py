@@ -23,6 +23,7 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -563,16 +564,13 @@ def builtin_problems(split, count, seed=0):
             if held_out == (split in ("heldout", "harder")) and problem["prompt"] not in seen:
                 break
         seen.add(problem["prompt"])
-        answer = problem["answer"]
-        bare = answer if problem["kind"] == "code" else f"\\boxed{{{answer}}}"
-        if "tests" in problem:
-            del problem["answer"]
+        bare = problem.pop("answer") if "tests" in problem else f"\\boxed{{{problem['answer']}}}"
         yield {"id": problem["prompt"], "source": family.__name__, **problem, "bare": bare,
                "solution": "\n".join(steps) + "\n\n" + bare}
 
 
 def builtin_rows(name):
-    """Training rows of `builtin:worked` (solutions step by step), `builtin:bare` (the answer
+    """Training rows of `builtin:worked` (solutions step by step) and `builtin:bare` (the answer
     alone), each :COUNT long."""
     kind, count = builtin_name(name, "worked", "bare", count=30_000)
     for problem in builtin_problems("rows", count):
@@ -585,10 +583,9 @@ def builtin_name(name, *kinds, count):
     """What follows `builtin:` in a name: one of the kinds, and the number of rows."""
     _, kind, count = (name + f":{count}").split(":")[:3]
     if kind not in kinds or not count.isdigit():
-        known = ", ".join(f"builtin:{kind}" for kind in kinds)
-        known = " and ".join(known.rsplit(", ", 1))
+        known = " and ".join(", ".join(f"builtin:{kind}" for kind in kinds).rsplit(", ", 1))
         raise ValueError(f"{name}: the built-in data are {known}, each with :COUNT after it if "
-                         f"wanted")
+                         "wanted")
     return kind, int(count)
 
 
@@ -602,9 +599,8 @@ CARRIED = ("subject", "level", "difficulty", "contest_date")  # to score by; kep
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A benchmark by its name: the hub data set, a pattern of its files' names, and how it is
-    sampled: at the recipe's temperature, small sets several times, as one answer to each of 30
-    problems is noise."""
+    """A benchmark's hub data set, a pattern of its files' names, and how it is sampled: at the
+    recipe's temperature, small sets several times, as one answer to each of 30 is noise."""
     hub: str
     files: str
     n: int = 1
@@ -646,11 +642,9 @@ def find_evaluation(name):
 def read_problems(names, counts=None):
     """Yields the problems of files, folders, hub data sets, EVALUATIONS, and `builtin:train`,
     `builtin:heldout` and `builtin:harder` (:COUNT) as dicts of `id`, `source`, `kind`, `prompt`,
-    and `answer` or `tests`; samples keep their further fields.
-
-    Duplicates and problems without question, answer or tests are dropped and counted, in the
-    Counter `counts` or else on stderr. Raises ValueError that names file, line and field, also for
-    two problems of one source and id.
+    and `answer` or `tests`; samples keep their further fields. Duplicates and problems without
+    question, answer or tests are dropped and counted, in the Counter `counts` or else on stderr.
+    Raises ValueError that names file, line and field, also for two problems of one source and id.
     """
     silent, counts, seen = counts is not None, Counter() if counts is None else counts, {}
     for row, where, source in problem_rows(names):
@@ -680,26 +674,22 @@ def read_problems(names, counts=None):
 
 
 def problem_rows(names):
-    """Yields (row, its place, the source if the row names none: the hub data set, or the file's
-    stem)."""
+    """Yields (row, its place, the source if the row names none: the benchmark, the hub data set, or
+    the file's stem)."""
     for name in map(str, names):
         if name.startswith("builtin:"):
-            splits = "train", "heldout", "harder"
-            problems = builtin_problems(*builtin_name(name, *splits, count=500))
-            yield from ((row, f"{name}:{line}", "builtin") for line, row in enumerate(problems, 1))
+            split, count = builtin_name(name, "train", "heldout", "harder", count=500)
+            for line, row in enumerate(builtin_problems(split, count), 1):
+                yield row, f"{name}:{line}", "builtin"
             continue
-        if Path(name).name in EVALUATIONS:
-            source = Path(name).name
-            for path in find_evaluation(name):
-                for row, line in read_rows(path):
-                    level = row.get("difficulty") if source == "livecodebench" else None
-                    yield row, f"{path}:{line}", f"{source}_{level}" if level else source
-            continue
+        benchmark = Path(name).name if Path(name).name in EVALUATIONS else None
         from_hub = not Path(name).expanduser().exists()
-        for path in find_data(name):
+        for path in find_evaluation(name) if benchmark else find_data(name):
             stem = re.sub(r"(-\d+-of-\d+)?\.(jsonl?|csv|parquet)(\.gz)?$", "", path.name)
+            source = benchmark or (name if from_hub else stem)
             for row, line in read_rows(path):
-                yield row, f"{path}:{line}", name if from_hub else stem
+                level = row.get("difficulty") if benchmark == "livecodebench" else None
+                yield row, f"{path}:{line}", f"{source}_{level}" if level else source
 
 
 def to_problem(row, source):
@@ -781,7 +771,7 @@ def parsed(row, name, kind):
 
 def text_of(row, *names):
     """The first of these fields that the row has: a string."""
-    name = next((name for name in names if name in row), names[0])
+    name = next(name for name in names if name in row)
     return check_text(row[name], f"`{name}`")
 
 
@@ -858,23 +848,20 @@ def apps_problem(row):
     name a function. Their evaluators (testing_util.py) take as right what equals a call's output or
     its first element, since Codewars' outputs are wrapped in a list and LeetCode's are not. Here
     they count as wrapped if all are lists of one, unless the function is declared to return a list.
-    Tests that do not pair up are none."""
+    Tests that do not pair up, or whose arguments are no list, are none."""
     in_out = parsed(row, "input_output", dict)
     inputs, outputs = parsed(in_out, "inputs", list), parsed(in_out, "outputs", list)
-    problem = {"kind": "code", "tests": [],
-               "prompt": with_starter(text_of(row, "question"), row)}
-    if len(inputs) != len(outputs):
-        return problem
-    if not in_out.get("fn_name"):
+    fn_name, prompt = in_out.get("fn_name"), with_starter(text_of(row, "question"), row)
+    if len(inputs) != len(outputs) or fn_name and not all(isinstance(i, list) for i in inputs):
+        tests = []
+    elif not fn_name:
         tests = [{"input": joined(i), "output": joined(o)} for i, o in zip(inputs, outputs)]
-        return problem | {"tests": tests}
-    returns_list = re.search(r"->\s*['\"]?(typing\.)?(Optional\[)?list\b", problem["prompt"], re.I)
-    if not returns_list and all(isinstance(o, list) and len(o) == 1 for o in outputs):
-        outputs = [o[0] for o in outputs]
-    if all(isinstance(i, list) for i in inputs):
-        problem["tests"] = [{"fn_name": in_out["fn_name"], "args": i, "expected": o}
-                            for i, o in zip(inputs, outputs)]
-    return problem
+    else:
+        returns_list = re.search(r"->\s*['\"]?(typing\.)?(Optional\[)?list\b", prompt, re.I)
+        if not returns_list and all(isinstance(o, list) and len(o) == 1 for o in outputs):
+            outputs = [o[0] for o in outputs]
+        tests = [{"fn_name": fn_name, "args": i, "expected": o} for i, o in zip(inputs, outputs)]
+    return {"kind": "code", "tests": tests, "prompt": prompt}
 
 
 def joined(lines):
@@ -933,8 +920,8 @@ def humaneval_problem(row):
 
 
 def mbpp_problem(row):
-    """MBPP (arXiv 2108.07732) and its sanitized version; the prompt shows the tests, which alone
-    name the function."""
+    """MBPP (arXiv 2108.07732), also sanitized; the prompt shows the tests: they alone name the
+    function."""
     asserts = [check_text(test, "`test_list`") for test in parsed(row, "test_list", list)]
     setup = "\n".join([*map(str, parsed(row, "test_imports", list)),
                        scalar(row, "test_setup_code")]).strip()
@@ -963,13 +950,12 @@ ROW = np.dtype([("start", "<i8"), ("file", "<i4"), ("line", "<i8"), ("digest", "
 
 @dataclass
 class TokenizedRows:
-    """Rows as token ids in a memory map: `kept` are the indices trained on, `counts` says where the
-    others went."""
+    """Rows as token ids in a memory map; `counts` says where those went that are not in `kept`."""
     tokens: np.ndarray   # (all tokens,) uint32
     mask: np.ndarray     # (all tokens,) uint8: 1 where the token is a target
     rows: np.ndarray     # (rows,) ROW
     ends: np.ndarray     # (rows,) exclusive end of each, truncation included
-    kept: np.ndarray
+    kept: np.ndarray     # indices of the rows trained on
     counts: dict
     files: list
     digest: str          # of content and settings
@@ -990,8 +976,7 @@ class TokenizedRows:
 
     @functools.cached_property
     def num_targets(self):
-        """Targets of each kept row. The first token of a row is nobody's target; it is never one by
-        the mask either."""
+        """Targets of each kept row: its first token, nobody's target, is none by the mask."""
         starts = self.rows["start"]
         return np.array([int(self.mask[starts[i]:self.ends[i]].sum()) for i in self.kept])
 
@@ -1003,10 +988,8 @@ class TokenizedRows:
 def load_rows(names, tokenizer, max_seq_len, end_token=None, system="skyt1", as_published=False,
               cache=None, quiet=False):
     """Reads, tokenises and caches the rows of several --data names. Returns TokenizedRows.
-
     Duplicates and rows over max_seq_len are dropped, with as_published kept and truncated. Raises
-    ValueError and FileNotFoundError that name file and line.
-    """
+    ValueError and FileNotFoundError that name file and line."""
     sources = [source for name in map(str, names)
                for source in ([name] if name.startswith("builtin:") else find_data(name))]
     settings = [CACHE_VERSION, end_token or tokenizer.end_token, system, tokenizer.template,
@@ -1015,13 +998,14 @@ def load_rows(names, tokenizer, max_seq_len, end_token=None, system="skyt1", as_
     for source in sources:
         digest.update(content_digest(source))
     digest = digest.hexdigest()[:32]
-    folder = cache_folder(cache) / digest
+    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sky-t1"
+    folder = Path(cache).expanduser() / digest
     if not folder.exists():
         tokenize(sources, tokenizer, end_token, system, folder, quiet)
     try:
         rows = np.load(folder / "rows.npy")
-        tokens, mask = np.memmap(folder / "tokens.bin", np.uint32,
-                                 "r"), np.memmap(folder / "mask.bin", np.uint8, "r")
+        tokens = np.memmap(folder / "tokens.bin", np.uint32, "r")
+        mask = np.memmap(folder / "mask.bin", np.uint8, "r")
         if not len(tokens) == len(mask) == rows[-1]["start"]:
             raise ValueError("its files do not fit together")
     except (OSError, ValueError, EOFError, IndexError) as error:
@@ -1040,19 +1024,17 @@ def select(tokens, mask, rows, files, digest, max_seq_len, as_published):
     if as_published:
         ends = np.minimum(ends, starts + max_seq_len)
     no_target = np.array([not mask[a:b].any() for a, b in zip(starts, ends)])
-    dropped = no_target if as_published else no_target | duplicate | too_long
-    counts = {"rows": len(rows)}
+    kept = ~no_target if as_published else ~(no_target | duplicate | too_long)
     if as_published:
-        counts |= {"duplicates (kept)": int(duplicate.sum()), "truncated": int(too_long.sum()),
-                   "without a target": int(no_target.sum())}
+        found = {"duplicates (kept)": duplicate, "truncated": too_long,
+                 "without a target": no_target, "kept": kept}
     else:  # each dropped row is counted once
-        counts |= {"duplicates": int(duplicate.sum()),
-                   "over max_seq_len": int((too_long & ~duplicate).sum()),
-                   "without a target": int((no_target & ~too_long & ~duplicate).sum())}
-    counts["kept"] = int((~dropped).sum())
+        found = {"duplicates": duplicate, "over max_seq_len": too_long & ~duplicate,
+                 "without a target": no_target & ~too_long & ~duplicate, "kept": kept}
+    counts = {"rows": len(rows)} | {name: int(which.sum()) for name, which in found.items()}
     if not counts["kept"]:
         raise ValueError(f"no row left to train on: {counts}. Raise --max_seq_len ({max_seq_len})?")
-    return TokenizedRows(tokens, mask, rows, ends, np.flatnonzero(~dropped), counts, files, digest)
+    return TokenizedRows(tokens, mask, rows, ends, np.flatnonzero(kept), counts, files, digest)
 
 
 def check_against_model(args, config, tokenizer):
@@ -1062,25 +1044,17 @@ def check_against_model(args, config, tokenizer):
         args.max_seq_len = min(MAX_SEQ_LEN, config.max_position_embeddings)
     if args.max_seq_len > config.max_position_embeddings:
         raise ValueError(f"--max_seq_len {args.max_seq_len} is beyond the "
-                         f"{config.max_position_embeddings} positions of "
-                         f"{args.model}: lower it")
+                         f"{config.max_position_embeddings} positions of {args.model}: lower it")
     tokenizer.token_id(args.end_token or tokenizer.end_token)
 
 
-def cache_folder(cache):
-    return Path(cache
-                or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sky-t1").expanduser()
-
-
 def content_digest(source):
-    digest = hashlib.sha256()
     if isinstance(source, Path):
         with open(source, "rb") as file:
-            while piece := file.read(2 ** 24):
-                digest.update(piece)
-    else:
-        for row in builtin_rows(source):
-            digest.update(json.dumps(row).encode())
+            return hashlib.file_digest(file, "sha256").digest()
+    digest = hashlib.sha256()
+    for row in builtin_rows(source):
+        digest.update(json.dumps(row).encode())
     return digest.digest()
 
 
@@ -1095,7 +1069,8 @@ def tokenize(sources, tokenizer, end_token, system, folder, quiet):
               open(aside / "rows.npy", "wb") as index,
               tqdm(desc="tokenising", unit=" rows", disable=quiet) as bar):
             rows, total = [], 0
-            for batch in batches(sources, tokenizer, end_token, system):
+            read = segmented_rows(sources, tokenizer, end_token, system)
+            while batch := list(itertools.islice(read, 256)):
                 encoded = iter(tokenizer.encode_batch([text for *_, segments in batch
                                                        for text, _ in segments]))
                 for file, line, segments in batch:
@@ -1125,9 +1100,8 @@ def tokenize(sources, tokenizer, end_token, system, folder, quiet):
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def batches(sources, tokenizer, end_token, system, size=256):
-    """Yields lists of (file number, line, segments)."""
-    batch = []
+def segmented_rows(sources, tokenizer, end_token, system):
+    """Yields (file number, line, segments) of each row."""
     for file, source in enumerate(sources):
         if isinstance(source, Path):
             numbered = read_rows(source)
@@ -1138,12 +1112,7 @@ def batches(sources, tokenizer, end_token, system, size=256):
                 segments = conversation_segments(tokenizer, to_messages(row, system), end_token)
             except ValueError as error:
                 raise ValueError(f"{source}:{line}: {error}") from None
-            batch.append((file, line, segments))
-            if len(batch) == size:
-                yield batch
-                batch = []
-    if batch:
-        yield batch
+            yield file, line, segments
 
 
 # ------------------------------------------------------------------------------------------ packing

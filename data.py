@@ -1151,8 +1151,7 @@ def pack(lengths, costs, max_seq_len, num_ranks):
 
 
 def best_fit(order, lengths, capacity):
-    """The row of each document when each in turn goes to the fullest row that has room, or to a new
-    one."""
+    """The row of each document if each in turn goes to the fullest with room, or to a new one."""
     row_of, room = np.zeros(len(order), int), []
     for i in order:
         fitting = [r for r in range(len(room)) if room[r] >= lengths[i]]
@@ -1165,8 +1164,7 @@ def best_fit(order, lengths, capacity):
 
 
 def deal(order, lengths, costs, capacity, num_rows):
-    """Each document in turn to the cheapest row that has room: its row, or None where one finds no
-    room."""
+    """As best_fit, but to the cheapest of num_rows rows; None where a document finds no room."""
     row_of, room, cost = np.zeros(len(order), int), np.full(num_rows, capacity), np.zeros(num_rows)
     for i in order:
         row = np.where(room >= lengths[i], cost, np.inf).argmin()
@@ -1182,10 +1180,8 @@ def exchange(row_of, lengths, costs, capacity, num_rows, num_ranks, tolerance=1.
     """Improves row_of in place: swaps a document of a micro-step's dearest row for one (or none) of
     another row, the best such swap each time, until all micro-steps are even or nothing helps."""
     step_of = np.arange(num_rows) // num_ranks
-    # the candidates to come back: every document, and for every row "none", of no length and no
-    # cost
-    lengths, costs = np.append(lengths, np.zeros(num_rows, int)), np.append(costs,
-                                                                            np.zeros(num_rows))
+    # what may come back: every document, and for every row "none", of no length and no cost
+    lengths, costs = np.append(lengths, [0] * num_rows), np.append(costs, [0.0] * num_rows)
     row_of_all = np.append(row_of, np.arange(num_rows))
     for _ in range(rounds):
         improved = False
@@ -1196,8 +1192,7 @@ def exchange(row_of, lengths, costs, capacity, num_rows, num_ranks, tolerance=1.
             row = step * num_ranks + row_cost[step * num_ranks:(step + 1) * num_ranks].argmax()
             if row_cost[row] <= tolerance * row_cost[step_of == step].mean():
                 continue
-            # (documents of the row, 1)
-            mine = np.flatnonzero(row_of_all[:len(row_of)] == row)[:, None]
+            mine = np.flatnonzero(row_of_all[:len(row_of)] == row)[:, None]  # (row's documents, 1)
             other_row = row_of_all[None]  # (1, candidates)
             gain, growth = costs[mine] - costs[None], lengths[mine] - lengths[None]
             after, other_after = row_cost[row] - gain, row_cost[other_row] + gain
@@ -1208,10 +1203,9 @@ def exchange(row_of, lengths, costs, capacity, num_rows, num_ranks, tolerance=1.
             worst = np.where(allowed, worst, np.inf)
             i, j = np.unravel_index(worst.argmin(), worst.shape)
             if worst[i, j] < row_cost[row] * (1 - 1e-4):
-                document, other = mine[i, 0], row_of_all[j]
+                row_of_all[mine[i, 0]] = row_of_all[j]
                 if j < len(row_of):
                     row_of_all[j] = row
-                row_of_all[document] = other
                 improved = True
         if not improved:
             break
@@ -1226,39 +1220,13 @@ def imbalance(packed, costs):
 
 def assemble(rows, documents):
     """Documents (row numbers) of one packed row -> input_ids, targets (1, T) int64 arrays and the
-    document lengths.
-
-    Targets are shifted within each document. A row without documents is one token without a target:
-    every rank must take part in every micro-step.
-    """
-    ids, targets, lengths = [], [], []
-    for tokens, mask in (rows[i] for i in documents):
-        ids.append(tokens)
-        targets.append(np.append(np.where(mask[1:] == 1, tokens[1:], IGNORE), IGNORE))
-        lengths.append(len(tokens))
-    if not documents:
-        ids, targets, lengths = [np.zeros(1, np.int64)], [np.full(1, IGNORE)], [1]
-    return np.concatenate(ids)[None], np.concatenate(targets)[None], lengths
-
-
-# -------------------------------------------------------------------------------------- the command
-
-def histogram(lengths, width=50, bins=12):
-    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1).astype(int))
-    counts = np.histogram(lengths, edges)[0]
-    for low, high, count in zip(edges, edges[1:], counts):
-        yield f"{low:>7,} - {high - 1:>7,} {count:>7,} {'█' * -(-count * width // counts.max())}"
-
-
-def coloured(tokenizer, tokens, mask, limit=400):
-    """One row as text, targets in green, the rest grey; the middle of a long row is left out."""
-    spans = np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(mask)) + 1)
-    for span in spans:
-        text = tokenizer.decode(tokens[span].tolist())
-        if len(text) > limit:
-            hidden = f" ... {len(text) - limit:,} characters ... "
-            text = text[:limit // 2] + hidden + text[-limit // 2:]
-        yield f"\033[{32 if mask[span[0]] else 90}m{text}\033[0m"
+    document lengths. Targets are shifted within each document. A row without documents is one token
+    without a target: every rank must take part in every micro-step."""
+    pieces = [rows[i] for i in documents] or [(np.zeros(1, np.int64), np.zeros(1))]
+    ids = [tokens for tokens, _ in pieces]
+    targets = [np.append(np.where(mask[1:] == 1, tokens[1:], IGNORE), IGNORE)
+               for tokens, mask in pieces]
+    return np.concatenate(ids)[None], np.concatenate(targets)[None], [len(i) for i in ids]
 
 
 # ---------------------------------------------------------------------------------- decontamination
@@ -1290,8 +1258,7 @@ class Benchmark:
         self.sizes = {gram.count(" ") + 1 for gram in self.problems_of}
 
     def overlap(self, text):
-        """(the largest share of a problem's grams that the text holds, that problem), or (0,
-        None)."""
+        """(largest share of a problem's grams that the text holds, that problem), or (0, None)."""
         words, found = normal_words(text), Counter()
         for size in self.sizes:
             for gram in word_grams(words, size) & self.problems_of.keys():
@@ -1319,8 +1286,8 @@ def decontaminate(names, against, out, size, shown=5):
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
                         continue
                     counts[f"like {problem.split(' ')[0]}"] += 1
-                    worst = sorted([*worst, (share, f"{path}:{line}", problem)], reverse=True)
-                    del worst[shown:]
+                    dropped = share, f"{path}:{line}", problem
+                    worst = sorted([*worst, dropped], reverse=True)[:shown]
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, out)
@@ -1334,6 +1301,41 @@ def question_of(row):
     if isinstance(row.get("conversations"), list) or isinstance(row.get("messages"), list):
         return "\n".join(turn["content"] for turn in to_messages(row) if turn["role"] == "user")
     return to_problem(row, "")["prompt"]
+
+
+# -------------------------------------------------------------------------------------- the command
+
+def histogram(lengths, width=50, bins=12):
+    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1).astype(int))
+    counts = np.histogram(lengths, edges)[0]
+    for low, high, count in zip(edges, edges[1:], counts):
+        yield f"{low:>7,} - {high - 1:>7,} {count:>7,} {'█' * -(-count * width // counts.max())}"
+
+
+def coloured(tokenizer, tokens, mask, limit=400):
+    """One row as text, targets in green, the rest grey; the middle of a long row is left out."""
+    for span in np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(mask)) + 1):
+        text = tokenizer.decode(tokens[span].tolist())
+        if len(text) > limit:
+            hidden = f" ... {len(text) - limit:,} characters ... "
+            text = text[:limit // 2] + hidden + text[-limit // 2:]
+        yield f"\033[{32 if mask[span[0]] else 90}m{text}\033[0m"
+
+
+def print_packing(rows, config, args):
+    """How the first batches of an epoch would be packed."""
+    lengths, used, steps, excess = rows.lengths, 0, 0, []
+    costs = np.array([config.train_flops(n) for n in lengths])
+    for step in range(min(20, -(-len(rows) // args.batch_size))):
+        batch = batch_indices(len(rows), args.batch_size, args.seed, step)
+        packed = pack(lengths[batch], costs[batch], args.max_seq_len, args.num_ranks)
+        used += lengths[batch].sum()
+        steps += len(packed)
+        excess.append(imbalance(packed, costs[batch]))
+    room = steps * args.num_ranks * args.max_seq_len
+    print(f"packing on {args.num_ranks} ranks ({len(excess)} batches of {args.batch_size}): "
+          f"{steps / len(excess):.1f} micro-steps a batch, rows of {args.max_seq_len:,} filled "
+          f"{used / room:.1%} (no padding is computed), cost max/mean {np.mean(excess):.3f}")
 
 
 def one_line_errors(main):
@@ -1351,9 +1353,8 @@ def one_line_errors(main):
         if rank > 0:  # torchrun ends the others as soon as one has ended: rank 0 speaks first
             time.sleep(3 if everywhere else 10)
         if rank == 0 or not everywhere:
-            text = str(error)
-            if getattr(error, "filename", None):
-                text = f"{error.filename}: {error.strerror}"
+            of_file = getattr(error, "filename", None)
+            text = f"{of_file}: {error.strerror}" if of_file else str(error)
             print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -1431,20 +1432,7 @@ def main():
           f"mean {lengths.mean():,.0f}, median {np.median(lengths):,.0f}, "
           f"longest {lengths.max():,}")
     print("\n".join(histogram(lengths)))
-    costs, used, computed, excess, steps = np.array([config.train_flops(n)
-                                                     for n in lengths]), 0, 0, [], 0
-    for step in range(min(20, -(-len(rows) // args.batch_size))):
-        batch = batch_indices(len(rows), args.batch_size, args.seed, step)
-        packed = pack(lengths[batch], costs[batch], args.max_seq_len, args.num_ranks)
-        used += lengths[batch].sum()
-        computed += len(packed) * args.num_ranks * args.max_seq_len
-        excess.append(imbalance(packed, costs[batch]))
-        steps += len(packed)
-    print(f"packing on {args.num_ranks} ranks ({len(excess)} batches of {args.batch_size}): "
-          f"{steps / len(excess):.1f} micro-steps "
-          f"a batch, rows of {args.max_seq_len:,} filled {used / computed:.1%} (no padding is "
-          f"computed), "
-          f"cost max/mean {np.mean(excess):.3f}")
+    print_packing(rows, config, args)
     print(f"\nrow {args.row} ({rows.where(args.row)}), targets in green:")
     print("".join(coloured(tokenizer, *rows[args.row])))
 

@@ -1,5 +1,5 @@
-"""From published rows to packed batches: tokenizer, chat template, reading rows and problems, the
-token cache, packing, a built-in task.
+"""From published rows to packed batches: tokenizer, chat template, rows and problems, token cache,
+packing, decontamination, built-in tasks.
 
     python data.py FILE --model DIR     # counts, lengths, packing, one row with its mask in colour
     python data.py --decontaminate FILE --against BENCHMARK --out CLEAN     # drops what it asks
@@ -159,9 +159,8 @@ class Tokenizer:
 
 
 def load_tokenizer(model_dir):
-    """Reads tokenizer.json, and end, pad and chat template from tokenizer_config.json and
-    chat_template.jinja where they exist. `builtin:tiny` is bytes. Raises FileNotFoundError or
-    ValueError that name the file."""
+    """Reads tokenizer.json, and tokenizer_config.json and chat_template.jinja where they exist.
+    `builtin:tiny` is bytes. Raises FileNotFoundError or ValueError that name the file."""
     if model_dir == "builtin:tiny":
         return builtin_tokenizer()
     folder = Path(model_dir)
@@ -336,8 +335,7 @@ def read_rows(path):
 
 
 def json_rows(path):
-    """One object a line, or one array of objects, which is decoded row by row: neither is ever
-    whole in memory."""
+    """One object a line, or one array of objects: neither is ever whole in memory."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         try:
             start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
@@ -368,9 +366,9 @@ def broken(path, line, error, form="JSON"):
 
 
 def array_rows(path, file, block=2 ** 17):
-    """Rows of a JSON array in a text file, taken from a window that grows by a block until it holds
-    the next one whole."""
-    window, line, marks, row_next, closed, piece = "", 1, "[", False, False, True
+    """Rows of a JSON array, from a window of the text that grows until it holds the next one."""
+    marks = {"start": "[", "[": "]", ",": "", "row": ",]", "]": ""}  # what may come after what
+    window, line, last, piece = "", 1, "start", True
     while piece:
         try:
             piece = file.read(block)
@@ -382,11 +380,9 @@ def array_rows(path, file, block=2 ** 17):
             line, window = line + window[:blank].count("\n"), window[blank:]
             if not window:
                 break
-            if window[0] in marks:
-                closed = window[0] == "]"
-                marks, row_next = {"[": ("]", True), ",": ("", True), "]": ("", False)}[window[0]]
-                window = window[1:]
-            elif row_next:
+            if window[0] in marks[last]:
+                last, window = window[0], window[1:]
+            elif last in ("[", ","):
                 try:
                     row, end = json.JSONDecoder().raw_decode(window)
                 except (json.JSONDecodeError, RecursionError) as error:
@@ -394,12 +390,11 @@ def array_rows(path, file, block=2 ** 17):
                         break  # perhaps the row goes on in the next block
                     raise broken(path, line, error) from None
                 yield row, line
-                line, window = line + window[:end].count("\n"), window[end:]
-                marks, row_next = ",]", False
+                line, last, window = line + window[:end].count("\n"), "row", window[end:]
             else:
-                place = "after the array" if closed else "after a row"
+                place = "after the array" if last == "]" else "after a row"
                 raise broken(path, line, f"{window[:20]!r} {place}")
-    if not closed:
+    if last != "]":
         raise broken(path, line, "the array does not end: is the file truncated?")
 
 
@@ -430,8 +425,7 @@ def parquet_rows(path):
 
 
 def recipe_prompt(problem):
-    """The user turn that the recipe makes of a problem, by its kind. ValueError for another kind or
-    malformed tests."""
+    """The recipe's user turn of a problem, by its kind; ValueError for another or broken tests."""
     kind, question, tests = problem.get("kind"), problem["prompt"], problem.get("tests") or [{}]
     if kind is None:
         return question
@@ -530,19 +524,16 @@ def last_digit(generator, size):
 
 def multiply_out(generator, size):
     """A function of x as one product and one sum, from `size` operations on x."""
-    while True:
-        a, b, steps = 1, 0, []
-        for _ in range(size):
-            sign, n = generator.choice("++*"), generator.randrange(1, 10)
-            if sign == "*":
-                a, b, n = 2 * a, 2 * b, 2
-            else:
-                b += n
-            steps.append(f"{sign}{n}: {a}*x+{b}")
-            if b >= 40:  # small tables to learn
-                break
+    a, b, steps = 1, 0, []
+    while len(steps) < size:
+        sign, n = generator.choice("++*"), generator.randrange(1, 10)
+        if sign == "*":
+            a, b, n = 2 * a, 2 * b, 2
         else:
-            break
+            b += n
+        steps.append(f"{sign}{n}: {a}*x+{b}")
+        if b >= 40:  # small tables to learn: begin again
+            a, b, steps = 1, 0, []
     question = "f(x), from left to right: x " + " ".join(step.split(":")[0] for step in steps)
     return {"kind": "code", "prompt": question,
             "tests": [{"fn_name": "f", "args": [x], "expected": a * x + b} for x in (0, 1, 7)],
@@ -570,8 +561,7 @@ def builtin_problems(split, count, seed=0):
 
 
 def builtin_rows(name):
-    """Training rows of `builtin:worked` (solutions step by step) and `builtin:bare` (the answer
-    alone), each :COUNT long."""
+    """:COUNT rows of `builtin:worked` (step by step) or `builtin:bare` (the answers alone)."""
     kind, count = builtin_name(name, "worked", "bare", count=30_000)
     for problem in builtin_problems("rows", count):
         response = problem["solution" if kind == "worked" else "bare"]
@@ -775,14 +765,15 @@ def text_of(row, *names):
     return check_text(row[name], f"`{name}`")
 
 
-def with_starter(question, row):
-    starter = check_text(row.get("starter_code") or "", "`starter_code`")
-    return question.strip() + ("\n\n" + starter.rstrip() if starter.strip() else "")
+def with_starter(row, name):
+    question, starter = text_of(row, name), row.get("starter_code") or ""
+    starter = check_text(starter, "`starter_code`").rstrip()
+    return question.strip() + ("\n\n" + starter if starter else "")
 
 
-def lettered(question, options):
-    return question.strip() + "".join(f"\n{letter}) {option}"
-                                      for letter, option in zip(LETTERS, options))
+def lettered(row, options):
+    lines = (f"\n{letter}) {option}" for letter, option in zip(LETTERS, options))
+    return text_of(row, "question").strip() + "".join(lines)
 
 
 def last_boxed(text):
@@ -820,8 +811,7 @@ def math_problem(row):
 
 
 def choice_problem(row):
-    """MMLU (arXiv 2009.03300; the answer is an index from 0), MMLU-Pro (arXiv 2406.01574; a
-    letter)."""
+    """MMLU (arXiv 2009.03300; answers are indices from 0), MMLU-Pro (arXiv 2406.01574; letters)."""
     name = "options" if "options" in row else "choices"
     options = [scalar({name: option}, name) for option in parsed(row, name, list)]
     answer, valid = scalar(row, "answer").strip("(). ").upper(), LETTERS[:len(options)]
@@ -830,8 +820,7 @@ def choice_problem(row):
         answer = valid[int(answer):int(answer) + 1] or answer
     if answer and (len(answer) > 1 or answer not in valid):
         raise ValueError(f"`answer` {row['answer']!r} names none of the {len(options)} options")
-    return {"kind": "choice", "prompt": lettered(text_of(row, "question"), options),
-            "answer": answer}
+    return {"kind": "choice", "prompt": lettered(row, options), "answer": answer}
 
 
 def gpqa_problem(row):
@@ -840,7 +829,7 @@ def gpqa_problem(row):
     options = [scalar(row, name) for name in names]
     order = random.Random(row_id(row) or text_of(row, "question")).sample(range(4), 4)
     return {"kind": "choice", "answer": LETTERS[order.index(0)] if options[0] else "",
-            "prompt": lettered(text_of(row, "question"), [options[i] for i in order])}
+            "prompt": lettered(row, [options[i] for i in order])}
 
 
 def apps_problem(row):
@@ -851,7 +840,7 @@ def apps_problem(row):
     Tests that do not pair up, or whose arguments are no list, are none."""
     in_out = parsed(row, "input_output", dict)
     inputs, outputs = parsed(in_out, "inputs", list), parsed(in_out, "outputs", list)
-    fn_name, prompt = in_out.get("fn_name"), with_starter(text_of(row, "question"), row)
+    fn_name, prompt = in_out.get("fn_name"), with_starter(row, "question")
     if len(inputs) != len(outputs) or fn_name and not all(isinstance(i, list) for i in inputs):
         tests = []
     elif not fn_name:
@@ -884,8 +873,7 @@ def livecodebench_problem(row):
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 reason = f"{type(error).__name__}: {error}"
                 raise ValueError(f"`{name}` holds a broken test ({reason})") from None
-    return {"kind": "code", "tests": tests,
-            "prompt": with_starter(text_of(row, "question_content"), row)}
+    return {"kind": "code", "tests": tests, "prompt": with_starter(row, "question_content")}
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -920,8 +908,7 @@ def humaneval_problem(row):
 
 
 def mbpp_problem(row):
-    """MBPP (arXiv 2108.07732), also sanitized; the prompt shows the tests: they alone name the
-    function."""
+    """MBPP (arXiv 2108.07732), sanitized or not; its prompt shows the tests: only they name f."""
     asserts = [check_text(test, "`test_list`") for test in parsed(row, "test_list", list)]
     setup = "\n".join([*map(str, parsed(row, "test_imports", list)),
                        scalar(row, "test_setup_code")]).strip()
@@ -1272,22 +1259,21 @@ def decontaminate(names, against, out, size, shown=5):
     prints what was dropped, the worst first (the method of open-r1)."""
     benchmark, counts, worst = Benchmark(against, size), Counter(), []
     aside = Path(f"{out}.new")
+    rows = ((row, f"{path}:{line}") for name in names for path in find_data(name)
+            for row, line in read_rows(path))
     with open(aside, "w", encoding="utf-8") as file:
-        for name in names:
-            for path in find_data(name):
-                for row, line in read_rows(path):
-                    try:
-                        share, problem = benchmark.overlap(question_of(row))
-                    except ValueError as error:
-                        raise ValueError(f"{path}:{line}: {error}") from None
-                    counts["rows"] += 1
-                    if problem is None:
-                        counts["kept"] += 1
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                        continue
-                    counts[f"like {problem.split(' ')[0]}"] += 1
-                    dropped = share, f"{path}:{line}", problem
-                    worst = sorted([*worst, dropped], reverse=True)[:shown]
+        for row, where in rows:
+            try:
+                share, problem = benchmark.overlap(question_of(row))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            counts["rows"] += 1
+            if problem is None:
+                counts["kept"] += 1
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                continue
+            counts[f"like {problem.split(' ')[0]}"] += 1
+            worst = sorted([*worst, (share, where, problem)], reverse=True)[:shown]
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, out)

@@ -561,12 +561,12 @@ def builtin_problems(split, count, seed=0):
 
 
 def builtin_rows(name):
-    """:COUNT rows of `builtin:worked` (step by step) or `builtin:bare` (the answers alone)."""
+    """(row, number) of `builtin:worked` (step by step) or `builtin:bare` (the answers alone)."""
     kind, count = builtin_name(name, "worked", "bare", count=30_000)
-    for problem in builtin_problems("rows", count):
+    for number, problem in enumerate(builtin_problems("rows", count), 1):
         response = problem["solution" if kind == "worked" else "bare"]
         yield {"messages": [{"role": "user", "content": recipe_prompt(problem)},
-                            {"role": "assistant", "content": response}]}
+                            {"role": "assistant", "content": response}]}, number
 
 
 def builtin_name(name, *kinds, count):
@@ -1040,7 +1040,7 @@ def content_digest(source):
         with open(source, "rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
     digest = hashlib.sha256()
-    for row in builtin_rows(source):
+    for row, _ in builtin_rows(source):
         digest.update(json.dumps(row).encode())
     return digest.digest()
 
@@ -1056,8 +1056,8 @@ def tokenize(sources, tokenizer, end_token, system, folder, quiet):
               open(aside / "rows.npy", "wb") as index,
               tqdm(desc="tokenising", unit=" rows", disable=quiet) as bar):
             rows, total = [], 0
-            read = segmented_rows(sources, tokenizer, end_token, system)
-            while batch := list(itertools.islice(read, 256)):
+            segmented = segmented_rows(sources, tokenizer, end_token, system)
+            while batch := list(itertools.islice(segmented, 256)):
                 encoded = iter(tokenizer.encode_batch([text for *_, segments in batch
                                                        for text, _ in segments]))
                 for file, line, segments in batch:
@@ -1090,11 +1090,8 @@ def tokenize(sources, tokenizer, end_token, system, folder, quiet):
 def segmented_rows(sources, tokenizer, end_token, system):
     """Yields (file number, line, segments) of each row."""
     for file, source in enumerate(sources):
-        if isinstance(source, Path):
-            numbered = read_rows(source)
-        else:
-            numbered = ((row, number) for number, row in enumerate(builtin_rows(source), 1))
-        for row, line in numbered:
+        read = read_rows if isinstance(source, Path) else builtin_rows
+        for row, line in read(source):
             try:
                 segments = conversation_segments(tokenizer, to_messages(row, system), end_token)
             except ValueError as error:
@@ -1139,13 +1136,9 @@ def pack(lengths, costs, max_seq_len, num_ranks):
 
 def best_fit(order, lengths, capacity):
     """The row of each document if each in turn goes to the fullest with room, or to a new one."""
-    row_of, room = np.zeros(len(order), int), []
+    row_of, room = np.zeros(len(order), int), np.full(len(order), capacity)  # new ones come last
     for i in order:
-        fitting = [r for r in range(len(room)) if room[r] >= lengths[i]]
-        if not fitting:
-            fitting = [len(room)]
-            room.append(capacity)
-        row_of[i] = min(fitting, key=room.__getitem__)
+        row_of[i] = np.where(room >= lengths[i], room, np.inf).argmin()
         room[row_of[i]] -= lengths[i]
     return row_of
 
@@ -1371,28 +1364,25 @@ def main():
     """Prints counts, lengths, packing and one row of the data that the flags name."""
     parser = argparse.ArgumentParser(description="Shows what train.py will see of some data, or "
                                                  "with --decontaminate drops what evaluations ask.")
-    parser.add_argument("data", nargs="*", help="files, hub data sets or builtin:...")
-    parser.add_argument("--decontaminate", nargs="+",
-                        help="rows to copy to --out, but those that share words with a problem of "
-                             "--against")
-    parser.add_argument("--against", nargs="+", help="problems that must not be trained on")
-    parser.add_argument("--ngram", type=int, default=8, help="words in a row that are shared (8)")
-    parser.add_argument("--out", help="the file of --decontaminate")
-    parser.add_argument("--model",
-                        help="folder, hub name or builtin:tiny: tokenizer and context length")
-    parser.add_argument("--max_seq_len", type=int,
-                        help="tokens of a packed row (16384, or the model's positions if fewer)")
-    parser.add_argument("--batch_size", type=int, default=96,
-                        help="examples of one optimizer step (96)")
-    parser.add_argument("--num_ranks", type=int, default=8, help="GPUs to plan the packing for (8)")
-    parser.add_argument("--seed", type=int, default=42, help="of the order (42)")
-    parser.add_argument("--end_token", help="end of an assistant's turn, instead of the template's")
-    parser.add_argument("--system", default="skyt1",
-                        help="system prompt of kept samples: skyt1, qwq, none, or a text")
-    parser.add_argument("--as_published", action="store_true",
-                        help="keep duplicates, truncate long rows")
-    parser.add_argument("--cache", help="folder of the token cache (~/.cache/sky-t1)")
-    parser.add_argument("--row", type=int, default=0, help="the kept row to show (0)")
+    add = parser.add_argument
+    add("data", nargs="*", help="files, hub data sets or builtin:...")
+    add("--decontaminate", nargs="+",
+        help="rows to copy to --out, but those that share words with a problem of --against")
+    add("--against", nargs="+", help="problems that must not be trained on")
+    add("--ngram", type=int, default=8, help="words in a row that are shared (8)")
+    add("--out", help="the file of --decontaminate")
+    add("--model", help="folder, hub name or builtin:tiny: tokenizer and context length")
+    add("--max_seq_len", type=int,
+        help="tokens of a packed row (16384, or the model's positions if fewer)")
+    add("--batch_size", type=int, default=96, help="examples of one optimizer step (96)")
+    add("--num_ranks", type=int, default=8, help="GPUs to plan the packing for (8)")
+    add("--seed", type=int, default=42, help="of the order (42)")
+    add("--end_token", help="end of an assistant's turn, instead of the template's")
+    add("--system", default="skyt1",
+        help="system prompt of kept samples: skyt1, qwq, none, or a text")
+    add("--as_published", action="store_true", help="keep duplicates, truncate long rows")
+    add("--cache", help="folder of the token cache (~/.cache/sky-t1)")
+    add("--row", type=int, default=0, help="the kept row to show (0)")
     args = parser.parse_args()
     for name in ("max_seq_len", "batch_size", "num_ranks", "ngram"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

@@ -1,5 +1,5 @@
-"""From published rows to packed batches: tokenizer, chat template, reading rows and problems, the
-token cache, packing, a built-in task.
+"""From published rows to packed batches: tokenizer, chat template, rows and problems, token cache,
+packing, decontamination, built-in tasks.
 
     python data.py FILE --model DIR     # counts, lengths, packing, one row with its mask in colour
     python data.py --decontaminate FILE --against BENCHMARK --out CLEAN     # drops what it asks
@@ -23,6 +23,7 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -46,33 +47,25 @@ from tqdm import tqdm
 
 from model import IGNORE, Qwen2Config
 
-# The system prompts of the trained model and of its teacher, by name; the spelling is the
-# original's.
+# The system prompts of the trained model and of its teacher, by name, in the original's spelling.
 SYSTEM_PROMPTS = {
     "skyt1": (
         "Your role as an assistant involves thoroughly exploring questions through a systematic "
-        "long thinking process before "
-        "providing the final precise and accurate solutions. This requires engaging in a "
-        "comprehensive cycle of analysis, "
-        "summarizing, exploration, reassessment, reflection, backtracing, and iteration to "
-        "develop well-considered thinking "
+        "long thinking process before providing the final precise and accurate solutions. This "
+        "requires engaging in a comprehensive cycle of analysis, summarizing, exploration, "
+        "reassessment, reflection, backtracing, and iteration to develop well-considered thinking "
         "process. Please structure your response into two main sections: Thought and Solution. In "
-        "the Thought section, detail "
-        "your reasoning process using the specified format: <|begin_of_thought|> {thought with "
-        "steps separated with '\n\n'} "
-        "<|end_of_thought|> Each step should include detailed considerations such as analisying "
-        "questions, summarizing "
+        "the Thought section, detail your reasoning process using the specified format: "
+        "<|begin_of_thought|> {thought with steps separated with '\n\n'} <|end_of_thought|> Each "
+        "step should include detailed considerations such as analisying questions, summarizing "
         "relevant findings, brainstorming new ideas, verifying the accuracy of the current steps, "
-        "refining any errors, and "
-        "revisiting previous steps. In the Solution section, based on various attempts, "
-        "explorations, and reflections from the "
-        "Thought section, systematically present the final solution that you deem correct. The "
-        "solution should remain a "
-        "logical, accurate, concise expression style and detail necessary step needed to reach "
-        "the conclusion, formatted as "
-        "follows: <|begin_of_solution|> {final formatted, precise, and clear solution} "
-        "<|end_of_solution|> Now, try to solve "
-        "the following question through the above guidelines:"),
+        "refining any errors, and revisiting previous steps. In the Solution section, based on "
+        "various attempts, explorations, and reflections from the Thought section, systematically "
+        "present the final solution that you deem correct. The solution should remain a logical, "
+        "accurate, concise expression style and detail necessary step needed to reach the "
+        "conclusion, formatted as follows: <|begin_of_solution|> {final formatted, precise, and "
+        "clear solution} <|end_of_solution|> Now, try to solve the following question through the "
+        "above guidelines:"),
     "qwq": ("You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You "
             "should think step-by-step."),
 }
@@ -83,27 +76,25 @@ TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
         "<|end_of_solution|>")  # plain text to Qwen's tokenizer
 MATH_PROMPT = "Return your final response within \\boxed{}. "
 CHOICE_PROMPT = ("Return your final response within \\boxed{} and only include the letter choice "
-                 "(A, B, C, or D) as your final "
-                 "response. ")
+                 "(A, B, C, or D) as your final response. ")
 STDIN_PROMPT = ("Generate an executable Python function generated from the given prompt. The "
-                "function should take stdin as "
-                "input and print the output. Simply call the function after the definition. ")
+                "function should take stdin as input and print the output. Simply call the "
+                "function after the definition. ")
 CALL_PROMPT = ("Generate an executable Python function generated from the given prompt. Return "
-               "the function body without "
-               "invoking it at the final solution. ")
+               "the function body without invoking it at the final solution. ")
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
          "gpt": "assistant"}
 DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
+DATA_PATTERNS = [f"*{suffix}" for suffix in DATA_SUFFIXES]
 MAX_SEQ_LEN = 16384  # the recipe's
-CACHE_VERSION = 2  # part of the cache's key: raise it when the meaning of the cached files changes
+CACHE_VERSION = 2  # part of the cache's key: raise it when what the cached files mean changes
 
 
 # ---------------------------------------------------------------------- tokenizer and chat template
 
 class Tokenizer:
-    """tokenizer.json and what its folder says beside it: end token, pad token, chat template (None:
-    Qwen2.5's)."""
+    """tokenizer.json, and its folder's end token, pad token and chat template (None: Qwen2.5's)."""
 
     def __init__(self, backend, bos_token=None, eos_token=None, pad_token=None, template=None,
                  folder=None):
@@ -137,49 +128,46 @@ class Tokenizer:
 
     @functools.cached_property
     def end_token(self):
-        """What the chat template puts behind an assistant's turn: the token that generation stops
-        on."""
-        question, answer = {"role": "user", "content": "?"}, {"role": "assistant",
-                                                              "content": "ANSWER"}
+        """What the chat template puts behind an answer: the token that generation stops on."""
+        question = {"role": "user", "content": "?"}
         if self.render([question], add_generation_prompt=True) == self.render([question]):
-            raise ValueError(f"{self.folder}: the chat template does not know "
-                             f"add_generation_prompt, so where an answer starts "
-                             "cannot be told: mend it")
-        end = self.render([question, answer]).rpartition("ANSWER")[2].strip() or self.eos_token
+            raise ValueError(f"{self.folder}: the chat template does not know add_generation_prompt"
+                             ", so where an answer starts cannot be told: mend it")
+        text = self.render([question, {"role": "assistant", "content": "ANSWER"}])
+        end = text.rpartition("ANSWER")[2].strip() or self.eos_token
         if not end:
             raise ValueError(f"{self.folder}: neither chat template nor tokenizer_config.json "
-                             f"name an end token")
+                             "name an end token")
         return end
 
     def save(self, folder):
-        """Writes the tokenizer files: copies of the folder's own, or those of the built-in
-        tokenizer."""
-        names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                 "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"]
+        """Writes copies of the own folder's files, or those of the built-in tokenizer."""
+        folder = Path(folder)
         if self.folder is not None:
-            for name in names:
-                if (Path(self.folder) / name).is_file():
-                    shutil.copyfile(Path(self.folder) / name, Path(folder) / name)
+            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                         "special_tokens_map.json", "vocab.json", "merges.txt",
+                         "added_tokens.json"):
+                if (self.folder / name).is_file():
+                    shutil.copyfile(self.folder / name, folder / name)
             return
-        self.backend.save(str(Path(folder) / names[0]))
+        self.backend.save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_token,
                   "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False,
                   "chat_template": self.template}
-        (Path(folder) / names[1]).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_tokenizer(model_dir):
-    """Reads tokenizer.json, and end, pad and chat template from tokenizer_config.json and
-    chat_template.jinja where they exist. `builtin:tiny` is bytes. Raises FileNotFoundError or
-    ValueError that name the file."""
+    """Reads tokenizer.json, and tokenizer_config.json and chat_template.jinja where they exist.
+    `builtin:tiny` is bytes. Raises FileNotFoundError or ValueError that name the file."""
     if model_dir == "builtin:tiny":
         return builtin_tokenizer()
     folder = Path(model_dir)
-    path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    jinja_path = folder / "chat_template.jinja"
+    path, config_path, jinja_path = (folder / name for name in (
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: copy the tokenizer of the model that the "
-                                f"weights come from")
+                                "weights come from")
     try:
         backend = Backend.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
@@ -210,8 +198,8 @@ def builtin_tokenizer():
     choice = recipe_prompt({"kind": "choice", "prompt": "".join(f"{c}) \n" for c in CHOICES)})
     backend.add_tokens([AddedToken(t, normalized=False) for t in
                         (*TAGS, MATH_PROMPT, CALL_PROMPT, choice.partition("A) ")[0])])
-    template = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content "
-                "}}<|im_end|>\n{% endfor %}"
+    template = ("{% for message in messages %}<|im_start|>{{ message.role }}\n"
+                "{{ message.content }}<|im_end|>\n{% endfor %}"
                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     return Tokenizer(backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", template=template)
 
@@ -230,15 +218,14 @@ def compiled_template(template):
 
 
 def render_chat(messages, add_generation_prompt=False, template=None, bos_token="", eos_token=""):
-    """The text of a conversation. Without a template (jinja2 source) it is Qwen2.5-Instruct's,
-    default system included. Raises ValueError for messages or a template that cannot be
-    rendered."""
+    """The text of a conversation by a template (jinja2 source), by default Qwen2.5-Instruct's with
+    its default system turn. ValueError for messages or a template that cannot be rendered."""
     if template is not None:
         import jinja2
         try:
-            return compiled_template(template).render(messages=messages,
-                                                      add_generation_prompt=add_generation_prompt,
-                                                      bos_token=bos_token, eos_token=eos_token)
+            return compiled_template(template).render(
+                messages=messages, add_generation_prompt=add_generation_prompt,
+                bos_token=bos_token, eos_token=eos_token)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template fails on these messages: {error}") from None
     if messages[0]["role"] != "system":
@@ -253,11 +240,8 @@ def render_chat(messages, add_generation_prompt=False, template=None, bos_token=
 def conversation_segments(tokenizer, messages, end_token=None):
     """A conversation as (text, is_target) pieces that are tokenised one by one. A cut lies exactly
     where generation will start, so that the tokens learnt are those that a prompt is continued
-    with, even if an answer begins with a newline.
-
-    `end_token` replaces the template's behind each answer; if it is another one, the text ends
-    there.
-    """
+    with, even if an answer begins with a newline. `end_token` replaces the template's behind each
+    answer; if it is another one, the text ends there."""
     segments, done, end = [], "", tokenizer.end_token
     for k, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -280,8 +264,7 @@ def conversation_segments(tokenizer, messages, end_token=None):
 
 def encode_conversation(tokenizer, messages, end_token=None):
     """messages (dicts of role and content) -> (token ids, mask): mask[i] is 1 exactly when token i
-    is a target, that is the text of every assistant turn and its end token. Targets are not shifted
-    here."""
+    is a target (unshifted): the text of every assistant turn and its end token."""
     ids, mask = [], []
     for text, is_target in conversation_segments(tokenizer, messages, end_token):
         tokens = tokenizer.encode(text)
@@ -294,10 +277,7 @@ def encode_conversation(tokenizer, messages, end_token=None):
 
 def find(name, repo_type, patterns):
     """The local path of a file or folder, or of a hub repository (fetched once; HF_HUB_OFFLINE uses
-    the cache alone).
-
-    A name that looks like a path never asks the hub. Raises FileNotFoundError with the reason.
-    """
+    the cache alone). A name that looks like a path never asks the hub. Raises FileNotFoundError."""
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -324,41 +304,37 @@ def find_model(name, weights=True):
 def find_data(name):
     """The data files of one --data argument: a file, or those of a folder or hub data set, its
     train split if it has one."""
-    path = find(name, "dataset", [f"*{suffix}" for suffix in DATA_SUFFIXES])
+    path = find(name, "dataset", DATA_PATTERNS)
     if path.is_file():
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.name.endswith(DATA_SUFFIXES)
-                   and p.name != "dataset_infos.json")
-    files = [p
-             for p in files
-             if re.search(r"(^|[^a-z])train([^a-z]|$)", str(p.relative_to(path)))] or files
-    if not files:
-        raise FileNotFoundError(f"{name} holds no data file ({', '.join(DATA_SUFFIXES)})")
-    return files
+    for pattern in (r"(^|[^a-z])train([^a-z]|$)", ""):
+        if files := [p for p in files_below(path, pattern) if p.name != "dataset_infos.json"]:
+            return files
+    raise FileNotFoundError(f"{name} holds no data file ({', '.join(DATA_SUFFIXES)})")
+
+
+def files_below(folder, pattern=""):
+    """The data files of a folder and its folders whose path in it has the pattern."""
+    return sorted(p for p in folder.rglob("*") if p.name.endswith(DATA_SUFFIXES)
+                  and re.search(pattern, str(p.relative_to(folder))))
 
 
 def read_rows(path):
     """Yields (row, line number) of a .json, .jsonl, .csv or .parquet file; rows of the last are
-    counted from 1.
-
-    Raises ValueError naming file and line for what is not UTF-8, not JSON, or not an object; and
-    for an empty file.
-    """
-    rows, empty = {".csv": csv_rows, ".parquet": parquet_rows}.get(path.suffix,
-                                                                   json_rows)(path), True
-    for row, line in rows:
-        empty = False
+    counted from 1. Raises ValueError naming file and line for what is not UTF-8, not JSON, or not
+    an object; and for an empty file."""
+    reader, line = {".csv": csv_rows, ".parquet": parquet_rows}.get(path.suffix, json_rows), None
+    for row, line in reader(path):
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{line}: a row must be an object, this one is a "
                              f"{type(row).__name__}")
         yield row, line
-    if empty:
+    if line is None:
         raise ValueError(f"{path} holds no rows")
 
 
 def json_rows(path):
-    """One object a line, or one array of objects, which is decoded row by row: neither is ever
-    whole in memory."""
+    """One object a line, or one array of objects: neither is ever whole in memory."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         try:
             start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
@@ -369,63 +345,56 @@ def json_rows(path):
             for number, line in enumerate(file, 1):
                 try:
                     text = line.decode("utf-8-sig")
-                except UnicodeDecodeError as error:
-                    raise not_utf8(path, number, error) from None
-                if text.strip():
-                    try:
+                    if text.strip():
                         yield json.loads(text), number
-                    except (ValueError, RecursionError) as error:
-                        raise broken_json(path, number, error) from None
+                except (ValueError, RecursionError) as error:
+                    raise broken(path, number, error) from None
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path} is not a complete gzip file ({error})") from None
 
 
-def not_utf8(path, line, error):
-    line += error.object[:error.start].count(b"\n")
-    return ValueError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#x}): save the "
-                      f"file as UTF-8")
-
-
-def broken_json(path, line, error):
-    error = "nested too deep" if isinstance(error, RecursionError) else error
+def broken(path, line, error, form="JSON"):
+    """The ValueError for a file that cannot be read at a line; `error` may be the bare reason."""
+    if isinstance(error, UnicodeDecodeError):
+        line += error.object[:error.start].count(b"\n")
+        return ValueError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#x}): save "
+                          "the file as UTF-8")
     reason = getattr(error, "msg", error)
-    return ValueError(f"{path}:{line}: broken JSON ({reason})")
+    reason = "nested too deep" if isinstance(error, RecursionError) else reason
+    return ValueError(f"{path}:{line}: broken {form} ({reason})")
 
 
 def array_rows(path, file, block=2 ** 17):
-    """Rows of a JSON array in a text file, taken from a window that grows by a block until it holds
-    the next one whole."""
-    window, line, marks, row_next, closed, piece = "", 1, "[", False, False, True
+    """Rows of a JSON array, from a window of the text that grows until it holds the next one."""
+    marks = {"start": "[", "[": "]", ",": "", "row": ",]", "]": ""}  # what may come after what
+    window, line, last, piece = "", 1, "start", True
     while piece:
         try:
             piece = file.read(block)
         except UnicodeDecodeError as error:
-            raise not_utf8(path, line + window.count("\n"), error) from None
+            raise broken(path, line + window.count("\n"), error) from None
         window += piece
         while True:
             blank = len(window) - len(window.lstrip())
             line, window = line + window[:blank].count("\n"), window[blank:]
             if not window:
                 break
-            if window[0] in marks:
-                closed = window[0] == "]"
-                marks, row_next = {"[": ("]", True), ",": ("", True), "]": ("", False)}[window[0]]
-                window = window[1:]
-            elif row_next:
+            if window[0] in marks[last]:
+                last, window = window[0], window[1:]
+            elif last in ("[", ","):
                 try:
                     row, end = json.JSONDecoder().raw_decode(window)
                 except (json.JSONDecodeError, RecursionError) as error:
                     if piece and isinstance(error, json.JSONDecodeError):
                         break  # perhaps the row goes on in the next block
-                    raise broken_json(path, line, error) from None
+                    raise broken(path, line, error) from None
                 yield row, line
-                line, window = line + window[:end].count("\n"), window[end:]
-                marks, row_next = ",]", False
+                line, last, window = line + window[:end].count("\n"), "row", window[end:]
             else:
-                place = "after the array" if closed else "after a row"
-                raise broken_json(path, line, f"{window[:20]!r} {place}")
-    if not closed:
-        raise broken_json(path, line, "the array does not end: is the file truncated?")
+                place = "after the array" if last == "]" else "after a row"
+                raise broken(path, line, f"{window[:20]!r} {place}")
+    if last != "]":
+        raise broken(path, line, "the array does not end: is the file truncated?")
 
 
 def csv_rows(path):
@@ -436,47 +405,41 @@ def csv_rows(path):
             for row in reader:
                 if None in row or None in row.values():
                     raise ValueError(f"{path}:{reader.line_num}: {len(reader.fieldnames)} columns "
-                                     f"in the header, not in this row")
+                                     "in the header, not in this row")
                 yield row, reader.line_num
-        except UnicodeDecodeError as error:
-            raise not_utf8(path, reader.line_num, error) from None
-        except csv.Error as error:
-            raise ValueError(f"{path}:{reader.line_num}: broken CSV ({error})") from None
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise broken(path, reader.line_num, error, "CSV") from None
 
 
 def parquet_rows(path):
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise ValueError(f"{path}: reading parquet needs pyarrow (pip install pyarrow), or "
-                         f"convert it once with: python -c "
-                         f"\"import pandas; "
-                         f"pandas.read_parquet('{path.name}').to_json('rows.jsonl', "
-                         f"orient='records', "
-                         "lines=True)\"") from None
-    number = 0
-    for batch in parquet.ParquetFile(path).iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield row, number
+        raise ValueError(f"{path}: reading parquet needs pyarrow (pip install pyarrow), or convert "
+                         "it once with: python -c \"import pandas; pandas.read_parquet("
+                         f"'{path.name}').to_json('rows.jsonl', orient='records', lines=True)\""
+                         ) from None
+    rows = (row for batch in parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
+    yield from ((row, number) for number, row in enumerate(rows, 1))
 
 
 def recipe_prompt(problem):
-    """The user turn that the recipe makes of a problem, by its kind. ValueError for another kind or
-    malformed tests."""
-    kind, tests = problem.get("kind"), problem.get("tests") or [{}]
-    if kind not in ("math", "choice", "code", None):
-        raise ValueError(f"unknown kind {kind!r}: must be math, choice or code")
-    if kind == "code" and not (isinstance(tests, list) and isinstance(tests[0], dict)):
-        raise ValueError("`tests` must be a list of objects")
+    """The recipe's user turn of a problem, by its kind; ValueError for another or broken tests."""
+    kind, question, tests = problem.get("kind"), problem["prompt"], problem.get("tests") or [{}]
+    if kind is None:
+        return question
+    if kind == "math":
+        return MATH_PROMPT + question
     if kind == "choice":  # the recipe's prompt names four letters; MMLU-Pro has up to ten
-        letters = sorted(set(re.findall(r"^([A-Z])\) ", problem["prompt"], re.M)))
+        letters = sorted(set(re.findall(r"^([A-Z])\) ", question, re.M)))
         *letters, last = letters if len(letters) > 1 else "ABCD"
-        return (CHOICE_PROMPT.replace("A, B, C, or D", f"{', '.join(letters)}, or {last}")
-                + problem["prompt"])
-    prompt = {"math": MATH_PROMPT, None: ""}
-    return (prompt[kind] if kind != "code" else STDIN_PROMPT if "input" in tests[0]
-            else CALL_PROMPT) + problem["prompt"]
+        named = f"{', '.join(letters)}, or {last}"
+        return CHOICE_PROMPT.replace("A, B, C, or D", named) + question
+    if kind != "code":
+        raise ValueError(f"unknown kind {kind!r}: must be math, choice or code")
+    if not (isinstance(tests, list) and isinstance(tests[0], dict)):
+        raise ValueError("`tests` must be a list of objects")
+    return (STDIN_PROMPT if "input" in tests[0] else CALL_PROMPT) + question
 
 
 def to_messages(row, system="skyt1"):
@@ -494,8 +457,7 @@ def to_messages(row, system="skyt1"):
         row = {"system": None if system == "none" else SYSTEM_PROMPTS.get(system, system)}
     else:
         raise ValueError(f"not a training row (fields: {', '.join(map(str, row)) or 'none'}): it "
-                         f"needs `conversations`, "
-                         "`messages`, or `prompt` and `response`")
+                         "needs `conversations`, `messages`, or `prompt` and `response`")
     if row.get("system"):
         turns.insert(0, turn_of({"role": "system", "content": row["system"]}, "role", "content"))
     roles = [turn["role"] for turn in turns]
@@ -561,19 +523,16 @@ def last_digit(generator, size):
 
 def multiply_out(generator, size):
     """A function of x as one product and one sum, from `size` operations on x."""
-    while True:
-        a, b, steps = 1, 0, []
-        for _ in range(size):
-            sign, n = generator.choice("++*"), generator.randrange(1, 10)
-            if sign == "*":
-                a, b, n = 2 * a, 2 * b, 2
-            else:
-                b += n
-            steps.append(f"{sign}{n}: {a}*x+{b}")
-            if b >= 40:  # small tables to learn
-                break
+    a, b, steps = 1, 0, []
+    while len(steps) < size:
+        sign, n = generator.choice("++*"), generator.randrange(1, 10)
+        if sign == "*":
+            a, b, n = 2 * a, 2 * b, 2
         else:
-            break
+            b += n
+        steps.append(f"{sign}{n}: {a}*x+{b}")
+        if b >= 40:  # small tables to learn: begin again
+            a, b, steps = 1, 0, []
     question = "f(x), from left to right: x " + " ".join(step.split(":")[0] for step in steps)
     return {"kind": "code", "prompt": question,
             "tests": [{"fn_name": "f", "args": [x], "expected": a * x + b} for x in (0, 1, 7)],
@@ -595,32 +554,27 @@ def builtin_problems(split, count, seed=0):
             if held_out == (split in ("heldout", "harder")) and problem["prompt"] not in seen:
                 break
         seen.add(problem["prompt"])
-        answer = problem["answer"]
-        bare = answer if problem["kind"] == "code" else f"\\boxed{{{answer}}}"
-        if "tests" in problem:
-            del problem["answer"]
+        bare = problem.pop("answer") if "tests" in problem else f"\\boxed{{{problem['answer']}}}"
         yield {"id": problem["prompt"], "source": family.__name__, **problem, "bare": bare,
                "solution": "\n".join(steps) + "\n\n" + bare}
 
 
 def builtin_rows(name):
-    """Training rows of `builtin:worked` (solutions step by step), `builtin:bare` (the answer
-    alone), each :COUNT long."""
+    """(row, number) of `builtin:worked` (step by step) or `builtin:bare` (the answers alone)."""
     kind, count = builtin_name(name, "worked", "bare", count=30_000)
-    for problem in builtin_problems("rows", count):
+    for number, problem in enumerate(builtin_problems("rows", count), 1):
         response = problem["solution" if kind == "worked" else "bare"]
         yield {"messages": [{"role": "user", "content": recipe_prompt(problem)},
-                            {"role": "assistant", "content": response}]}
+                            {"role": "assistant", "content": response}]}, number
 
 
 def builtin_name(name, *kinds, count):
     """What follows `builtin:` in a name: one of the kinds, and the number of rows."""
     _, kind, count = (name + f":{count}").split(":")[:3]
     if kind not in kinds or not count.isdigit():
-        known = ", ".join(f"builtin:{kind}" for kind in kinds)
-        known = " and ".join(known.rsplit(", ", 1))
+        known = " and ".join(", ".join(f"builtin:{kind}" for kind in kinds).rsplit(", ", 1))
         raise ValueError(f"{name}: the built-in data are {known}, each with :COUNT after it if "
-                         f"wanted")
+                         "wanted")
     return kind, int(count)
 
 
@@ -634,9 +588,8 @@ CARRIED = ("subject", "level", "difficulty", "contest_date")  # to score by; kep
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A benchmark by its name: the hub data set, a pattern of its files' names, and how it is
-    sampled: at the recipe's temperature, small sets several times, as one answer to each of 30
-    problems is noise."""
+    """A benchmark's hub data set, a pattern of its files' names, and how it is sampled: at the
+    recipe's temperature, small sets several times, as one answer to each of 30 is noise."""
     hub: str
     files: str
     n: int = 1
@@ -668,10 +621,8 @@ def find_evaluation(name):
     if path.parent != Path() and not path.is_dir():
         raise FileNotFoundError(f"{path.parent} holds no file of {path.name} (such as "
                                 f"{path.name}.jsonl)")
-    root = path if path.is_dir() else find(evaluation.hub, "dataset",
-                                           [f"*{suffix}" for suffix in DATA_SUFFIXES])
-    files = [p for p in sorted(root.rglob("*")) if p.name.endswith(DATA_SUFFIXES)
-             and re.search(evaluation.files, str(p.relative_to(root)))]
+    root = path if path.is_dir() else find(evaluation.hub, "dataset", DATA_PATTERNS)
+    files = files_below(root, evaluation.files)
     if not files:
         raise FileNotFoundError(f"{root} holds no data file whose name has {evaluation.files}")
     return files
@@ -680,11 +631,9 @@ def find_evaluation(name):
 def read_problems(names, counts=None):
     """Yields the problems of files, folders, hub data sets, EVALUATIONS, and `builtin:train`,
     `builtin:heldout` and `builtin:harder` (:COUNT) as dicts of `id`, `source`, `kind`, `prompt`,
-    and `answer` or `tests`; samples keep their further fields.
-
-    Duplicates and problems without question, answer or tests are dropped and counted, in the
-    Counter `counts` or else on stderr. Raises ValueError that names file, line and field, also for
-    two problems of one source and id.
+    and `answer` or `tests`; samples keep their further fields. Duplicates and problems without
+    question, answer or tests are dropped and counted, in the Counter `counts` or else on stderr.
+    Raises ValueError that names file, line and field, also for two problems of one source and id.
     """
     silent, counts, seen = counts is not None, Counter() if counts is None else counts, {}
     for row, where, source in problem_rows(names):
@@ -714,26 +663,22 @@ def read_problems(names, counts=None):
 
 
 def problem_rows(names):
-    """Yields (row, its place, the source if the row names none: the hub data set, or the file's
-    stem)."""
+    """Yields (row, its place, the source if the row names none: the benchmark, the hub data set, or
+    the file's stem)."""
     for name in map(str, names):
         if name.startswith("builtin:"):
-            splits = "train", "heldout", "harder"
-            problems = builtin_problems(*builtin_name(name, *splits, count=500))
-            yield from ((row, f"{name}:{line}", "builtin") for line, row in enumerate(problems, 1))
+            split, count = builtin_name(name, "train", "heldout", "harder", count=500)
+            for line, row in enumerate(builtin_problems(split, count), 1):
+                yield row, f"{name}:{line}", "builtin"
             continue
-        if Path(name).name in EVALUATIONS:
-            source = Path(name).name
-            for path in find_evaluation(name):
-                for row, line in read_rows(path):
-                    level = row.get("difficulty") if source == "livecodebench" else None
-                    yield row, f"{path}:{line}", f"{source}_{level}" if level else source
-            continue
+        benchmark = Path(name).name if Path(name).name in EVALUATIONS else None
         from_hub = not Path(name).expanduser().exists()
-        for path in find_data(name):
+        for path in find_evaluation(name) if benchmark else find_data(name):
             stem = re.sub(r"(-\d+-of-\d+)?\.(jsonl?|csv|parquet)(\.gz)?$", "", path.name)
+            source = benchmark or (name if from_hub else stem)
             for row, line in read_rows(path):
-                yield row, f"{path}:{line}", name if from_hub else stem
+                level = row.get("difficulty") if benchmark == "livecodebench" else None
+                yield row, f"{path}:{line}", f"{source}_{level}" if level else source
 
 
 def to_problem(row, source):
@@ -815,18 +760,19 @@ def parsed(row, name, kind):
 
 def text_of(row, *names):
     """The first of these fields that the row has: a string."""
-    name = next((name for name in names if name in row), names[0])
+    name = next(name for name in names if name in row)
     return check_text(row[name], f"`{name}`")
 
 
-def with_starter(question, row):
-    starter = check_text(row.get("starter_code") or "", "`starter_code`")
-    return question.strip() + ("\n\n" + starter.rstrip() if starter.strip() else "")
+def with_starter(row, name):
+    question, starter = text_of(row, name), row.get("starter_code") or ""
+    starter = check_text(starter, "`starter_code`").rstrip()
+    return question.strip() + ("\n\n" + starter if starter else "")
 
 
-def lettered(question, options):
-    return question.strip() + "".join(f"\n{letter}) {option}"
-                                      for letter, option in zip(LETTERS, options))
+def lettered(row, options):
+    lines = (f"\n{letter}) {option}" for letter, option in zip(LETTERS, options))
+    return text_of(row, "question").strip() + "".join(lines)
 
 
 def last_boxed(text):
@@ -864,8 +810,7 @@ def math_problem(row):
 
 
 def choice_problem(row):
-    """MMLU (arXiv 2009.03300; the answer is an index from 0), MMLU-Pro (arXiv 2406.01574; a
-    letter)."""
+    """MMLU (arXiv 2009.03300; answers are indices from 0), MMLU-Pro (arXiv 2406.01574; letters)."""
     name = "options" if "options" in row else "choices"
     options = [scalar({name: option}, name) for option in parsed(row, name, list)]
     answer, valid = scalar(row, "answer").strip("(). ").upper(), LETTERS[:len(options)]
@@ -874,8 +819,7 @@ def choice_problem(row):
         answer = valid[int(answer):int(answer) + 1] or answer
     if answer and (len(answer) > 1 or answer not in valid):
         raise ValueError(f"`answer` {row['answer']!r} names none of the {len(options)} options")
-    return {"kind": "choice", "prompt": lettered(text_of(row, "question"), options),
-            "answer": answer}
+    return {"kind": "choice", "prompt": lettered(row, options), "answer": answer}
 
 
 def gpqa_problem(row):
@@ -884,7 +828,7 @@ def gpqa_problem(row):
     options = [scalar(row, name) for name in names]
     order = random.Random(row_id(row) or text_of(row, "question")).sample(range(4), 4)
     return {"kind": "choice", "answer": LETTERS[order.index(0)] if options[0] else "",
-            "prompt": lettered(text_of(row, "question"), [options[i] for i in order])}
+            "prompt": lettered(row, [options[i] for i in order])}
 
 
 def apps_problem(row):
@@ -892,23 +836,20 @@ def apps_problem(row):
     name a function. Their evaluators (testing_util.py) take as right what equals a call's output or
     its first element, since Codewars' outputs are wrapped in a list and LeetCode's are not. Here
     they count as wrapped if all are lists of one, unless the function is declared to return a list.
-    Tests that do not pair up are none."""
+    Tests that do not pair up, or whose arguments are no list, are none."""
     in_out = parsed(row, "input_output", dict)
     inputs, outputs = parsed(in_out, "inputs", list), parsed(in_out, "outputs", list)
-    problem = {"kind": "code", "tests": [],
-               "prompt": with_starter(text_of(row, "question"), row)}
-    if len(inputs) != len(outputs):
-        return problem
-    if not in_out.get("fn_name"):
+    fn_name, prompt = in_out.get("fn_name"), with_starter(row, "question")
+    if len(inputs) != len(outputs) or fn_name and not all(isinstance(i, list) for i in inputs):
+        tests = []
+    elif not fn_name:
         tests = [{"input": joined(i), "output": joined(o)} for i, o in zip(inputs, outputs)]
-        return problem | {"tests": tests}
-    returns_list = re.search(r"->\s*['\"]?(typing\.)?(Optional\[)?list\b", problem["prompt"], re.I)
-    if not returns_list and all(isinstance(o, list) and len(o) == 1 for o in outputs):
-        outputs = [o[0] for o in outputs]
-    if all(isinstance(i, list) for i in inputs):
-        problem["tests"] = [{"fn_name": in_out["fn_name"], "args": i, "expected": o}
-                            for i, o in zip(inputs, outputs)]
-    return problem
+    else:
+        returns_list = re.search(r"->\s*['\"]?(typing\.)?(Optional\[)?list\b", prompt, re.I)
+        if not returns_list and all(isinstance(o, list) and len(o) == 1 for o in outputs):
+            outputs = [o[0] for o in outputs]
+        tests = [{"fn_name": fn_name, "args": i, "expected": o} for i, o in zip(inputs, outputs)]
+    return {"kind": "code", "tests": tests, "prompt": prompt}
 
 
 def joined(lines):
@@ -931,8 +872,7 @@ def livecodebench_problem(row):
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 reason = f"{type(error).__name__}: {error}"
                 raise ValueError(f"`{name}` holds a broken test ({reason})") from None
-    return {"kind": "code", "tests": tests,
-            "prompt": with_starter(text_of(row, "question_content"), row)}
+    return {"kind": "code", "tests": tests, "prompt": with_starter(row, "question_content")}
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -967,8 +907,7 @@ def humaneval_problem(row):
 
 
 def mbpp_problem(row):
-    """MBPP (arXiv 2108.07732) and its sanitized version; the prompt shows the tests, which alone
-    name the function."""
+    """MBPP (arXiv 2108.07732), sanitized or not; its prompt shows the tests: only they name f."""
     asserts = [check_text(test, "`test_list`") for test in parsed(row, "test_list", list)]
     setup = "\n".join([*map(str, parsed(row, "test_imports", list)),
                        scalar(row, "test_setup_code")]).strip()
@@ -997,13 +936,12 @@ ROW = np.dtype([("start", "<i8"), ("file", "<i4"), ("line", "<i8"), ("digest", "
 
 @dataclass
 class TokenizedRows:
-    """Rows as token ids in a memory map: `kept` are the indices trained on, `counts` says where the
-    others went."""
+    """Rows as token ids in a memory map; `counts` says where those went that are not in `kept`."""
     tokens: np.ndarray   # (all tokens,) uint32
     mask: np.ndarray     # (all tokens,) uint8: 1 where the token is a target
     rows: np.ndarray     # (rows,) ROW
     ends: np.ndarray     # (rows,) exclusive end of each, truncation included
-    kept: np.ndarray
+    kept: np.ndarray     # indices of the rows trained on
     counts: dict
     files: list
     digest: str          # of content and settings
@@ -1024,8 +962,7 @@ class TokenizedRows:
 
     @functools.cached_property
     def num_targets(self):
-        """Targets of each kept row. The first token of a row is nobody's target; it is never one by
-        the mask either."""
+        """Targets of each kept row: its first token, nobody's target, is none by the mask."""
         starts = self.rows["start"]
         return np.array([int(self.mask[starts[i]:self.ends[i]].sum()) for i in self.kept])
 
@@ -1037,10 +974,8 @@ class TokenizedRows:
 def load_rows(names, tokenizer, max_seq_len, end_token=None, system="skyt1", as_published=False,
               cache=None, quiet=False):
     """Reads, tokenises and caches the rows of several --data names. Returns TokenizedRows.
-
     Duplicates and rows over max_seq_len are dropped, with as_published kept and truncated. Raises
-    ValueError and FileNotFoundError that name file and line.
-    """
+    ValueError and FileNotFoundError that name file and line."""
     sources = [source for name in map(str, names)
                for source in ([name] if name.startswith("builtin:") else find_data(name))]
     settings = [CACHE_VERSION, end_token or tokenizer.end_token, system, tokenizer.template,
@@ -1049,13 +984,14 @@ def load_rows(names, tokenizer, max_seq_len, end_token=None, system="skyt1", as_
     for source in sources:
         digest.update(content_digest(source))
     digest = digest.hexdigest()[:32]
-    folder = cache_folder(cache) / digest
+    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sky-t1"
+    folder = Path(cache).expanduser() / digest
     if not folder.exists():
         tokenize(sources, tokenizer, end_token, system, folder, quiet)
     try:
         rows = np.load(folder / "rows.npy")
-        tokens, mask = np.memmap(folder / "tokens.bin", np.uint32,
-                                 "r"), np.memmap(folder / "mask.bin", np.uint8, "r")
+        tokens = np.memmap(folder / "tokens.bin", np.uint32, "r")
+        mask = np.memmap(folder / "mask.bin", np.uint8, "r")
         if not len(tokens) == len(mask) == rows[-1]["start"]:
             raise ValueError("its files do not fit together")
     except (OSError, ValueError, EOFError, IndexError) as error:
@@ -1074,19 +1010,17 @@ def select(tokens, mask, rows, files, digest, max_seq_len, as_published):
     if as_published:
         ends = np.minimum(ends, starts + max_seq_len)
     no_target = np.array([not mask[a:b].any() for a, b in zip(starts, ends)])
-    dropped = no_target if as_published else no_target | duplicate | too_long
-    counts = {"rows": len(rows)}
+    kept = ~no_target if as_published else ~(no_target | duplicate | too_long)
     if as_published:
-        counts |= {"duplicates (kept)": int(duplicate.sum()), "truncated": int(too_long.sum()),
-                   "without a target": int(no_target.sum())}
+        found = {"duplicates (kept)": duplicate, "truncated": too_long,
+                 "without a target": no_target, "kept": kept}
     else:  # each dropped row is counted once
-        counts |= {"duplicates": int(duplicate.sum()),
-                   "over max_seq_len": int((too_long & ~duplicate).sum()),
-                   "without a target": int((no_target & ~too_long & ~duplicate).sum())}
-    counts["kept"] = int((~dropped).sum())
+        found = {"duplicates": duplicate, "over max_seq_len": too_long & ~duplicate,
+                 "without a target": no_target & ~too_long & ~duplicate, "kept": kept}
+    counts = {"rows": len(rows)} | {name: int(which.sum()) for name, which in found.items()}
     if not counts["kept"]:
         raise ValueError(f"no row left to train on: {counts}. Raise --max_seq_len ({max_seq_len})?")
-    return TokenizedRows(tokens, mask, rows, ends, np.flatnonzero(~dropped), counts, files, digest)
+    return TokenizedRows(tokens, mask, rows, ends, np.flatnonzero(kept), counts, files, digest)
 
 
 def check_against_model(args, config, tokenizer):
@@ -1096,25 +1030,17 @@ def check_against_model(args, config, tokenizer):
         args.max_seq_len = min(MAX_SEQ_LEN, config.max_position_embeddings)
     if args.max_seq_len > config.max_position_embeddings:
         raise ValueError(f"--max_seq_len {args.max_seq_len} is beyond the "
-                         f"{config.max_position_embeddings} positions of "
-                         f"{args.model}: lower it")
+                         f"{config.max_position_embeddings} positions of {args.model}: lower it")
     tokenizer.token_id(args.end_token or tokenizer.end_token)
 
 
-def cache_folder(cache):
-    return Path(cache
-                or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sky-t1").expanduser()
-
-
 def content_digest(source):
-    digest = hashlib.sha256()
     if isinstance(source, Path):
         with open(source, "rb") as file:
-            while piece := file.read(2 ** 24):
-                digest.update(piece)
-    else:
-        for row in builtin_rows(source):
-            digest.update(json.dumps(row).encode())
+            return hashlib.file_digest(file, "sha256").digest()
+    digest = hashlib.sha256()
+    for row, _ in builtin_rows(source):
+        digest.update(json.dumps(row).encode())
     return digest.digest()
 
 
@@ -1129,7 +1055,8 @@ def tokenize(sources, tokenizer, end_token, system, folder, quiet):
               open(aside / "rows.npy", "wb") as index,
               tqdm(desc="tokenising", unit=" rows", disable=quiet) as bar):
             rows, total = [], 0
-            for batch in batches(sources, tokenizer, end_token, system):
+            segmented = segmented_rows(sources, tokenizer, end_token, system)
+            while batch := list(itertools.islice(segmented, 256)):
                 encoded = iter(tokenizer.encode_batch([text for *_, segments in batch
                                                        for text, _ in segments]))
                 for file, line, segments in batch:
@@ -1159,25 +1086,16 @@ def tokenize(sources, tokenizer, end_token, system, folder, quiet):
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def batches(sources, tokenizer, end_token, system, size=256):
-    """Yields lists of (file number, line, segments)."""
-    batch = []
+def segmented_rows(sources, tokenizer, end_token, system):
+    """Yields (file number, line, segments) of each row."""
     for file, source in enumerate(sources):
-        if isinstance(source, Path):
-            numbered = read_rows(source)
-        else:
-            numbered = ((row, number) for number, row in enumerate(builtin_rows(source), 1))
-        for row, line in numbered:
+        read = read_rows if isinstance(source, Path) else builtin_rows
+        for row, line in read(source):
             try:
                 segments = conversation_segments(tokenizer, to_messages(row, system), end_token)
             except ValueError as error:
                 raise ValueError(f"{source}:{line}: {error}") from None
-            batch.append((file, line, segments))
-            if len(batch) == size:
-                yield batch
-                batch = []
-    if batch:
-        yield batch
+            yield file, line, segments
 
 
 # ------------------------------------------------------------------------------------------ packing
@@ -1216,22 +1134,16 @@ def pack(lengths, costs, max_seq_len, num_ranks):
 
 
 def best_fit(order, lengths, capacity):
-    """The row of each document when each in turn goes to the fullest row that has room, or to a new
-    one."""
-    row_of, room = np.zeros(len(order), int), []
+    """The row of each document if each in turn goes to the fullest with room, or to a new one."""
+    row_of, room = np.zeros(len(order), int), np.full(len(order), capacity)  # new ones come last
     for i in order:
-        fitting = [r for r in range(len(room)) if room[r] >= lengths[i]]
-        if not fitting:
-            fitting = [len(room)]
-            room.append(capacity)
-        row_of[i] = min(fitting, key=room.__getitem__)
+        row_of[i] = np.where(room >= lengths[i], room, np.inf).argmin()
         room[row_of[i]] -= lengths[i]
     return row_of
 
 
 def deal(order, lengths, costs, capacity, num_rows):
-    """Each document in turn to the cheapest row that has room: its row, or None where one finds no
-    room."""
+    """As best_fit, but to the cheapest of num_rows rows; None where a document finds no room."""
     row_of, room, cost = np.zeros(len(order), int), np.full(num_rows, capacity), np.zeros(num_rows)
     for i in order:
         row = np.where(room >= lengths[i], cost, np.inf).argmin()
@@ -1247,10 +1159,8 @@ def exchange(row_of, lengths, costs, capacity, num_rows, num_ranks, tolerance=1.
     """Improves row_of in place: swaps a document of a micro-step's dearest row for one (or none) of
     another row, the best such swap each time, until all micro-steps are even or nothing helps."""
     step_of = np.arange(num_rows) // num_ranks
-    # the candidates to come back: every document, and for every row "none", of no length and no
-    # cost
-    lengths, costs = np.append(lengths, np.zeros(num_rows, int)), np.append(costs,
-                                                                            np.zeros(num_rows))
+    # what may come back: every document, and for every row "none", of no length and no cost
+    lengths, costs = np.append(lengths, [0] * num_rows), np.append(costs, [0.0] * num_rows)
     row_of_all = np.append(row_of, np.arange(num_rows))
     for _ in range(rounds):
         improved = False
@@ -1261,8 +1171,7 @@ def exchange(row_of, lengths, costs, capacity, num_rows, num_ranks, tolerance=1.
             row = step * num_ranks + row_cost[step * num_ranks:(step + 1) * num_ranks].argmax()
             if row_cost[row] <= tolerance * row_cost[step_of == step].mean():
                 continue
-            # (documents of the row, 1)
-            mine = np.flatnonzero(row_of_all[:len(row_of)] == row)[:, None]
+            mine = np.flatnonzero(row_of_all[:len(row_of)] == row)[:, None]  # (row's documents, 1)
             other_row = row_of_all[None]  # (1, candidates)
             gain, growth = costs[mine] - costs[None], lengths[mine] - lengths[None]
             after, other_after = row_cost[row] - gain, row_cost[other_row] + gain
@@ -1273,10 +1182,9 @@ def exchange(row_of, lengths, costs, capacity, num_rows, num_ranks, tolerance=1.
             worst = np.where(allowed, worst, np.inf)
             i, j = np.unravel_index(worst.argmin(), worst.shape)
             if worst[i, j] < row_cost[row] * (1 - 1e-4):
-                document, other = mine[i, 0], row_of_all[j]
+                row_of_all[mine[i, 0]] = row_of_all[j]
                 if j < len(row_of):
                     row_of_all[j] = row
-                row_of_all[document] = other
                 improved = True
         if not improved:
             break
@@ -1291,39 +1199,13 @@ def imbalance(packed, costs):
 
 def assemble(rows, documents):
     """Documents (row numbers) of one packed row -> input_ids, targets (1, T) int64 arrays and the
-    document lengths.
-
-    Targets are shifted within each document. A row without documents is one token without a target:
-    every rank must take part in every micro-step.
-    """
-    ids, targets, lengths = [], [], []
-    for tokens, mask in (rows[i] for i in documents):
-        ids.append(tokens)
-        targets.append(np.append(np.where(mask[1:] == 1, tokens[1:], IGNORE), IGNORE))
-        lengths.append(len(tokens))
-    if not documents:
-        ids, targets, lengths = [np.zeros(1, np.int64)], [np.full(1, IGNORE)], [1]
-    return np.concatenate(ids)[None], np.concatenate(targets)[None], lengths
-
-
-# -------------------------------------------------------------------------------------- the command
-
-def histogram(lengths, width=50, bins=12):
-    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1).astype(int))
-    counts = np.histogram(lengths, edges)[0]
-    for low, high, count in zip(edges, edges[1:], counts):
-        yield f"{low:>7,} - {high - 1:>7,} {count:>7,} {'█' * -(-count * width // counts.max())}"
-
-
-def coloured(tokenizer, tokens, mask, limit=400):
-    """One row as text, targets in green, the rest grey; the middle of a long row is left out."""
-    spans = np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(mask)) + 1)
-    for span in spans:
-        text = tokenizer.decode(tokens[span].tolist())
-        if len(text) > limit:
-            hidden = f" ... {len(text) - limit:,} characters ... "
-            text = text[:limit // 2] + hidden + text[-limit // 2:]
-        yield f"\033[{32 if mask[span[0]] else 90}m{text}\033[0m"
+    document lengths. Targets are shifted within each document. A row without documents is one token
+    without a target: every rank must take part in every micro-step."""
+    pieces = [rows[i] for i in documents] or [(np.zeros(1, np.int64), np.zeros(1))]
+    ids = [tokens for tokens, _ in pieces]
+    targets = [np.append(np.where(mask[1:] == 1, tokens[1:], IGNORE), IGNORE)
+               for tokens, mask in pieces]
+    return np.concatenate(ids)[None], np.concatenate(targets)[None], [len(i) for i in ids]
 
 
 # ---------------------------------------------------------------------------------- decontamination
@@ -1355,8 +1237,7 @@ class Benchmark:
         self.sizes = {gram.count(" ") + 1 for gram in self.problems_of}
 
     def overlap(self, text):
-        """(the largest share of a problem's grams that the text holds, that problem), or (0,
-        None)."""
+        """(largest share of a problem's grams that the text holds, that problem), or (0, None)."""
         words, found = normal_words(text), Counter()
         for size in self.sizes:
             for gram in word_grams(words, size) & self.problems_of.keys():
@@ -1370,22 +1251,21 @@ def decontaminate(names, against, out, size, shown=5):
     prints what was dropped, the worst first (the method of open-r1)."""
     benchmark, counts, worst = Benchmark(against, size), Counter(), []
     aside = Path(f"{out}.new")
+    rows = ((row, f"{path}:{line}") for name in names for path in find_data(name)
+            for row, line in read_rows(path))
     with open(aside, "w", encoding="utf-8") as file:
-        for name in names:
-            for path in find_data(name):
-                for row, line in read_rows(path):
-                    try:
-                        share, problem = benchmark.overlap(question_of(row))
-                    except ValueError as error:
-                        raise ValueError(f"{path}:{line}: {error}") from None
-                    counts["rows"] += 1
-                    if problem is None:
-                        counts["kept"] += 1
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                        continue
-                    counts[f"like {problem.split(' ')[0]}"] += 1
-                    worst = sorted([*worst, (share, f"{path}:{line}", problem)], reverse=True)
-                    del worst[shown:]
+        for row, where in rows:
+            try:
+                share, problem = benchmark.overlap(question_of(row))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            counts["rows"] += 1
+            if problem is None:
+                counts["kept"] += 1
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                continue
+            counts[f"like {problem.split(' ')[0]}"] += 1
+            worst = sorted([*worst, (share, where, problem)], reverse=True)[:shown]
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, out)
@@ -1399,6 +1279,41 @@ def question_of(row):
     if isinstance(row.get("conversations"), list) or isinstance(row.get("messages"), list):
         return "\n".join(turn["content"] for turn in to_messages(row) if turn["role"] == "user")
     return to_problem(row, "")["prompt"]
+
+
+# -------------------------------------------------------------------------------------- the command
+
+def histogram(lengths, width=50, bins=12):
+    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1).astype(int))
+    counts = np.histogram(lengths, edges)[0]
+    for low, high, count in zip(edges, edges[1:], counts):
+        yield f"{low:>7,} - {high - 1:>7,} {count:>7,} {'█' * -(-count * width // counts.max())}"
+
+
+def coloured(tokenizer, tokens, mask, limit=400):
+    """One row as text, targets in green, the rest grey; the middle of a long row is left out."""
+    for span in np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(mask)) + 1):
+        text = tokenizer.decode(tokens[span].tolist())
+        if len(text) > limit:
+            hidden = f" ... {len(text) - limit:,} characters ... "
+            text = text[:limit // 2] + hidden + text[-limit // 2:]
+        yield f"\033[{32 if mask[span[0]] else 90}m{text}\033[0m"
+
+
+def print_packing(rows, config, args):
+    """How the first batches of an epoch would be packed."""
+    lengths, used, steps, excess = rows.lengths, 0, 0, []
+    costs = np.array([config.train_flops(n) for n in lengths])
+    for step in range(min(20, -(-len(rows) // args.batch_size))):
+        batch = batch_indices(len(rows), args.batch_size, args.seed, step)
+        packed = pack(lengths[batch], costs[batch], args.max_seq_len, args.num_ranks)
+        used += lengths[batch].sum()
+        steps += len(packed)
+        excess.append(imbalance(packed, costs[batch]))
+    room = steps * args.num_ranks * args.max_seq_len
+    print(f"packing on {args.num_ranks} ranks ({len(excess)} batches of {args.batch_size}): "
+          f"{steps / len(excess):.1f} micro-steps a batch, rows of {args.max_seq_len:,} filled "
+          f"{used / room:.1%} (no padding is computed), cost max/mean {np.mean(excess):.3f}")
 
 
 def one_line_errors(main):
@@ -1416,9 +1331,8 @@ def one_line_errors(main):
         if rank > 0:  # torchrun ends the others as soon as one has ended: rank 0 speaks first
             time.sleep(3 if everywhere else 10)
         if rank == 0 or not everywhere:
-            text = str(error)
-            if getattr(error, "filename", None):
-                text = f"{error.filename}: {error.strerror}"
+            of_file = getattr(error, "filename", None)
+            text = f"{of_file}: {error.strerror}" if of_file else str(error)
             print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -1449,28 +1363,25 @@ def main():
     """Prints counts, lengths, packing and one row of the data that the flags name."""
     parser = argparse.ArgumentParser(description="Shows what train.py will see of some data, or "
                                                  "with --decontaminate drops what evaluations ask.")
-    parser.add_argument("data", nargs="*", help="files, hub data sets or builtin:...")
-    parser.add_argument("--decontaminate", nargs="+",
-                        help="rows to copy to --out, but those that share words with a problem of "
-                             "--against")
-    parser.add_argument("--against", nargs="+", help="problems that must not be trained on")
-    parser.add_argument("--ngram", type=int, default=8, help="words in a row that are shared (8)")
-    parser.add_argument("--out", help="the file of --decontaminate")
-    parser.add_argument("--model",
-                        help="folder, hub name or builtin:tiny: tokenizer and context length")
-    parser.add_argument("--max_seq_len", type=int,
-                        help="tokens of a packed row (16384, or the model's positions if fewer)")
-    parser.add_argument("--batch_size", type=int, default=96,
-                        help="examples of one optimizer step (96)")
-    parser.add_argument("--num_ranks", type=int, default=8, help="GPUs to plan the packing for (8)")
-    parser.add_argument("--seed", type=int, default=42, help="of the order (42)")
-    parser.add_argument("--end_token", help="end of an assistant's turn, instead of the template's")
-    parser.add_argument("--system", default="skyt1",
-                        help="system prompt of kept samples: skyt1, qwq, none, or a text")
-    parser.add_argument("--as_published", action="store_true",
-                        help="keep duplicates, truncate long rows")
-    parser.add_argument("--cache", help="folder of the token cache (~/.cache/sky-t1)")
-    parser.add_argument("--row", type=int, default=0, help="the kept row to show (0)")
+    add = parser.add_argument
+    add("data", nargs="*", help="files, hub data sets or builtin:...")
+    add("--decontaminate", nargs="+",
+        help="rows to copy to --out, but those that share words with a problem of --against")
+    add("--against", nargs="+", help="problems that must not be trained on")
+    add("--ngram", type=int, default=8, help="words in a row that are shared (8)")
+    add("--out", help="the file of --decontaminate")
+    add("--model", help="folder, hub name or builtin:tiny: tokenizer and context length")
+    add("--max_seq_len", type=int,
+        help="tokens of a packed row (16384, or the model's positions if fewer)")
+    add("--batch_size", type=int, default=96, help="examples of one optimizer step (96)")
+    add("--num_ranks", type=int, default=8, help="GPUs to plan the packing for (8)")
+    add("--seed", type=int, default=42, help="of the order (42)")
+    add("--end_token", help="end of an assistant's turn, instead of the template's")
+    add("--system", default="skyt1",
+        help="system prompt of kept samples: skyt1, qwq, none, or a text")
+    add("--as_published", action="store_true", help="keep duplicates, truncate long rows")
+    add("--cache", help="folder of the token cache (~/.cache/sky-t1)")
+    add("--row", type=int, default=0, help="the kept row to show (0)")
     args = parser.parse_args()
     for name in ("max_seq_len", "batch_size", "num_ranks", "ngram"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -1496,20 +1407,7 @@ def main():
           f"mean {lengths.mean():,.0f}, median {np.median(lengths):,.0f}, "
           f"longest {lengths.max():,}")
     print("\n".join(histogram(lengths)))
-    costs, used, computed, excess, steps = np.array([config.train_flops(n)
-                                                     for n in lengths]), 0, 0, [], 0
-    for step in range(min(20, -(-len(rows) // args.batch_size))):
-        batch = batch_indices(len(rows), args.batch_size, args.seed, step)
-        packed = pack(lengths[batch], costs[batch], args.max_seq_len, args.num_ranks)
-        used += lengths[batch].sum()
-        computed += len(packed) * args.num_ranks * args.max_seq_len
-        excess.append(imbalance(packed, costs[batch]))
-        steps += len(packed)
-    print(f"packing on {args.num_ranks} ranks ({len(excess)} batches of {args.batch_size}): "
-          f"{steps / len(excess):.1f} micro-steps "
-          f"a batch, rows of {args.max_seq_len:,} filled {used / computed:.1%} (no padding is "
-          f"computed), "
-          f"cost max/mean {np.mean(excess):.3f}")
+    print_packing(rows, config, args)
     print(f"\nrow {args.row} ({rows.where(args.row)}), targets in green:")
     print("".join(coloured(tokenizer, *rows[args.row])))
 

@@ -178,11 +178,14 @@ def load_tokenizer(model_dir):
         config = json.loads(config_path.read_text()) if config_path.is_file() else {}
         tokens = {key: value["content"] if isinstance(value := config.get(key), dict) else value
                   for key in ("bos_token", "eos_token", "pad_token")}
-    except (ValueError, KeyError, AttributeError) as error:
+        template = jinja_path.read_text() if jinja_path.is_file() else config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = next((t["template"] for t in template if t["name"] == "default"), None)
+        for key, value in (*tokens.items(), ("chat_template", template)):
+            if not isinstance(value, str | None):
+                raise ValueError(f"`{key}` is {value!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{config_path} is broken ({error}): download it again") from None
-    template = jinja_path.read_text() if jinja_path.is_file() else config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
     return Tokenizer(backend, **tokens, template=template, folder=folder)
 
 
@@ -384,7 +387,7 @@ def array_rows(path, file, block=2 ** 17):
             elif last in ("[", ","):
                 try:
                     row, end = json.JSONDecoder().raw_decode(window)
-                except (json.JSONDecodeError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:
                     if piece and isinstance(error, json.JSONDecodeError):
                         break  # perhaps the row goes on in the next block
                     raise broken(path, line, error) from None
@@ -452,8 +455,8 @@ def to_messages(row, system="skyt1"):
     elif isinstance(row.get("response"), str) and isinstance(row.get("prompt"), str):
         if row.get("passed") is False:
             raise ValueError("a sample that did not pass: train on the file of `verify.py --keep`")
-        turns = [{"role": "user", "content": recipe_prompt(row)},
-                 {"role": "assistant", "content": row["response"]}]
+        turns = [{"role": "user", "content": check_text(recipe_prompt(row), "`prompt`")},
+                 {"role": "assistant", "content": check_text(row["response"], "`response`")}]
         row = {"system": None if system == "none" else SYSTEM_PROMPTS.get(system, system)}
     else:
         raise ValueError(f"not a training row (fields: {', '.join(map(str, row)) or 'none'}): it "
@@ -571,7 +574,7 @@ def builtin_rows(name):
 def builtin_name(name, *kinds, count):
     """What follows `builtin:` in a name: one of the kinds, and the number of rows."""
     _, kind, count = (name + f":{count}").split(":")[:3]
-    if kind not in kinds or not count.isdigit():
+    if kind not in kinds or not count.isdecimal():
         known = " and ".join(", ".join(f"builtin:{kind}" for kind in kinds).rsplit(", ", 1))
         raise ValueError(f"{name}: the built-in data are {known}, each with :COUNT after it if "
                          "wanted")
@@ -815,7 +818,7 @@ def choice_problem(row):
     options = [scalar({name: option}, name) for option in parsed(row, name, list)]
     answer, valid = scalar(row, "answer").strip("(). ").upper(), LETTERS[:len(options)]
     # an index; as text (.csv) only where it is no option's text too
-    if answer.isdigit() and not (isinstance(row["answer"], str) and answer in options):
+    if answer.isdecimal() and not (isinstance(row["answer"], str) and answer in options):
         answer = valid[int(answer):int(answer) + 1] or answer
     if answer and (len(answer) > 1 or answer not in valid):
         raise ValueError(f"`answer` {row['answer']!r} names none of the {len(options)} options")
@@ -1251,27 +1254,35 @@ def decontaminate(names, against, out, size, shown=5):
     prints what was dropped, the worst first (the method of open-r1)."""
     benchmark, counts, worst = Benchmark(against, size), Counter(), []
     aside = Path(f"{out}.new")
-    rows = ((row, f"{path}:{line}") for name in names for path in find_data(name)
-            for row, line in read_rows(path))
-    with open(aside, "w", encoding="utf-8") as file:
-        for row, where in rows:
-            try:
-                share, problem = benchmark.overlap(question_of(row))
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
-            counts["rows"] += 1
-            if problem is None:
-                counts["kept"] += 1
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                continue
-            counts[f"like {problem.split(' ')[0]}"] += 1
-            worst = sorted([*worst, (share, where, problem)], reverse=True)[:shown]
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, out)
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            for row, where, share, problem in compared(names, benchmark):
+                counts["rows"] += 1
+                if problem is None:
+                    counts["kept"] += 1
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    continue
+                counts[f"like {problem.split(' ')[0]}"] += 1
+                worst = sorted([*worst, (share, where, problem)], reverse=True)[:shown]
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, out)
+    finally:
+        aside.unlink(missing_ok=True)
     print("  ".join(f"{name}: {count:,}" for name, count in counts.items()))
     for share, where, problem in worst:
         print(f"{share:6.1%} of the {size}-grams of {problem} are in {where}")
+
+
+def compared(names, benchmark):
+    """Yields each row, its place, and what Benchmark.overlap says of its question."""
+    for path in itertools.chain.from_iterable(map(find_data, names)):
+        for row, line in read_rows(path):
+            try:
+                share, problem = benchmark.overlap(question_of(row))
+            except ValueError as error:
+                raise ValueError(f"{path}:{line}: {error}") from None
+            yield row, f"{path}:{line}", share, problem
 
 
 def question_of(row):

@@ -136,13 +136,21 @@ def test_a_templates_begin_and_end_tokens_are_the_folders_own(tmp_path):
 @pytest.mark.parametrize("template, says",
                          [("{% for m in %}", "the chat template fails"),
                           ("{{ nothing.x }}", "the chat template fails"),
-                                            ("{% for m in messages %}{{ m.content }}{% endfor %}",
-                                             "add_generation_prompt")])
+                          ("{% for m in messages %}{{ m.content }}{% endfor %}",
+                           "add_generation_prompt")])
 def test_a_template_that_cannot_work_is_refused(template, says):
     tokenizer = builtin_tokenizer()
     tokenizer.template = template
     with pytest.raises(ValueError, match=says):
         encode_conversation(tokenizer, [USER, ASSISTANT])
+
+
+@pytest.mark.parametrize("config", [{"eos_token": 3}, {"chat_template": [{"name": "default"}]}])
+def test_a_broken_tokenizer_config_is_named(tmp_path, config):
+    builtin_tokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"tokenizer_config.json is broken \("):
+        load_tokenizer(tmp_path)
 
 
 def test_a_template_that_rewrites_earlier_turns_takes_single_answers_only(tmp_path):
@@ -262,7 +270,9 @@ BROKEN = {
               "a.jsonl:1: `tests` must be"),
     "not passed": (lines({"prompt": "p", "response": "r", "passed": False}),
                    "a.jsonl:1: a sample that did not pass"),
+    "half a character": (br'{"prompt": "p", "response": "\ud800"}', "a.jsonl:1: `response`"),
     "nested": (b"[" * 100_000, "a.jsonl:1: broken JSON"),
+    "endless number": (b"[1" + b"0" * 5000 + b"]", "a.jsonl:1: broken JSON"),
     "no object": (lines(SHAREGPT, [1]), "a.jsonl:2: a row must be an object"),
     "no assistant": (lines(SHAREGPT, {"messages": EXPECTED[:2]}), "a.jsonl:2: no assistant turn"),
     "role": (lines({"messages": [{"role": "robot", "content": "x"}]}),

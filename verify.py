@@ -51,6 +51,7 @@ MAX_LENGTH = 4000    # characters of an answer that is parsed; a longer one is c
 MAX_DEPTH = 50       # of brackets
 MAX_ELEMENTS = 200   # of a list or set
 HUNDRED = ("num", Fraction(100), None)
+CONSTANTS = {"e", "i", "pi", "π"}
 
 
 class NotMath(Exception):
@@ -73,43 +74,39 @@ GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta i
             "mu nu xi pi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda "
             "Xi Pi Sigma Phi Psi Omega".split())
 TRIGONOMETRIC = set("sin cos tan cot sec csc".split())
-ANGLE_FUNCTIONS = TRIGONOMETRIC | set("arcsin arccos arctan sinh cosh tanh ln log lg exp "
-                                        "cis".split())
+ANGLE_FUNCTIONS = TRIGONOMETRIC | set(
+    "arcsin arccos arctan sinh cosh tanh ln log lg exp cis".split())
 FUNCTIONS = ANGLE_FUNCTIONS | set("sqrt frac binom max min gcd lcm".split())
 RELATIONS = ("=", "<", ">", "≤", "≥", "≠", "≈", "∈")
 STRUCTURES = ("seq", "union", "matrix", "rel", "text", "unit", "inf", "based", "ratio")
 CLOSING = {"(": ")]", "[": "])", "{": "}", "\\{": ("\\}",), "⟨": "⟩", "\\lfloor": ("\\rfloor",),
            "\\lceil": ("\\rceil",), "\\begin": ("\\end",)}
 CLOSERS = {")", "]", "}", "\\}", "⟩", "\\rfloor", "\\rceil", "\\end"}
-FLOORS = {"\\lfloor": "floor", "\\lceil": "ceil"}
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
           "trillion": 10**12, "dozen": 12}
 UNITS = {name: unit for unit, names in {
     "m": "m meter meters metre metres", "cm": "cm centimeter centimeters centimetre centimetres",
     "mm": "mm millimeter millimeters millimetre millimetres",
     "km": "km kilometer kilometers kilometre kilometres", "in": "in inch inches",
-    "ft": "ft foot feet", "yd": "yd yard yards", "mi": "mi mile miles",
-    "g": "g gram grams", "kg": "kg kilogram kilograms", "mg": "mg milligram milligrams",
-    "lb": "lb lbs pound pounds", "oz": "oz ounce ounces", "t": "ton tons tonne tonnes",
-    "s": "s sec secs second seconds", "min": "min mins minute minutes", "h": "h hr hrs hour hours",
-    "day": "day days", "week": "week weeks", "month": "month months", "year": "year years",
-    "$": "dollar dollars usd", "c": "cent cents ¢", "°": "degree degrees deg °",
-    "C": "c celsius", "F": "f fahrenheit", "/": "/ per", "%": "percent %",
-    "rad": "radian radians rad", "mi/h": "mph", "km/h": "kph kmh",
-    "L": "l liter liters litre litres", "mL": "ml milliliter milliliters",
-    "Hz": "hz", "N": "newton newtons", "J": "joule joules",
-    "unit": "unit units",
+    "ft": "ft foot feet", "yd": "yd yard yards", "mi": "mi mile miles", "g": "g gram grams",
+    "kg": "kg kilogram kilograms", "mg": "mg milligram milligrams", "lb": "lb lbs pound pounds",
+    "oz": "oz ounce ounces", "t": "ton tons tonne tonnes", "s": "s sec secs second seconds",
+    "min": "min mins minute minutes", "h": "h hr hrs hour hours", "day": "day days",
+    "week": "week weeks", "month": "month months", "year": "year years", "$": "dollar dollars usd",
+    "c": "cent cents ¢", "°": "degree degrees deg °", "C": "c celsius", "F": "f fahrenheit",
+    "/": "/ per", "%": "percent %", "rad": "radian radians rad", "mi/h": "mph", "km/h": "kph kmh",
+    "L": "l liter liters litre litres", "mL": "ml milliliter milliliters", "Hz": "hz",
+    "N": "newton newtons", "J": "joule joules", "unit": "unit units",
 }.items() for name in names.split()}
 BASE_NAMES = {name: str(base) for base, name in enumerate(
     "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen".split(), 2)}
-SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ"
 UNICODE = str.maketrans({
-    "−": "-", "–": "-", "—": "-", "‐": "-", "π": r"\pi ", "∞": r"\infty ", "√": "√", "±": r"\pm ",
-    "∓": r"\mp ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "′": "'", "’": "'",
-    "\u00a0": " ", "\u2009": " ", "\u202f": " ", "€": "", "£": "", "¥": "", "θ": r"\theta ",
-    "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ", "φ": r"\phi ",
-    "ω": r"\omega ", "ℝ": r"\mathbb{R}", "∛": r"\sqrt[3]", "≡": r"\equiv ", "⟪": " ", "⟫": " "})
+    "−": "-", "–": "-", "—": "-", "‐": "-", "π": r"\pi ", "∞": r"\infty ", "±": r"\pm ",
+    "∓": r"\mp ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "′": "'", "’": "'", "€": "",
+    "£": "", "¥": "", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ",
+    "λ": r"\lambda ", "φ": r"\phi ", "ω": r"\omega ", "ℝ": r"\mathbb{R}", "∛": r"\sqrt[3]",
+    "≡": r"\equiv ", "⟪": " ", "⟫": " "})
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BRACE = re.compile(r"\\[\\{}]|[{}]")
 PHRASE = re.compile(r"\banswer\s*(?:\*\*)?\s*(?:(?:is|are|was)(?![a-z])|[:=])", re.IGNORECASE)
@@ -182,19 +179,16 @@ def last_box(text):
             if outer is None or box.start() > closing[outer]:
                 outer, nested = box.end(), []
             else:
-                nested += [box.span(), (closing[box.end()], closing[box.end()] + 1)]
+                nested += [*box.span(), closing[box.end()], closing[box.end()] + 1]
     if outer is None:
         return None
-    pieces, start = [], outer
-    for left, right in sorted(nested):
-        pieces.append(text[start:left])
-        start = right
-    return "".join([*pieces, text[start:closing[outer]]]).strip()
+    edges = [outer, *sorted(nested), closing[outer]]  # of what is not a nested box's own sign
+    pieces = [text[left:right] for left, right in zip(edges[::2], edges[1::2], strict=True)]
+    return "".join(pieces).strip()
 
 
 def find_answer(response):
-    """(text, "box" | "mark" | "phrase" | "number") or (None, None): the answer and how it was
-    found."""
+    """The answer and how it was found: "box", "mark", "phrase" or "number"; or (None, None)."""
     box = last_box(response)
     if box is not None:
         return (box, "box") if box else (None, None)
@@ -208,18 +202,16 @@ def find_answer(response):
 
 
 def after_phrase(response):
-    """What follows the last "answer is" or "answer:", without emphasis, and no further than its
-    sentence."""
-    matches = list(PHRASE.finditer(response))
-    if not matches:
+    """What follows the last "answer is" or "answer:", without emphasis, within its sentence."""
+    _, *tails = PHRASE.split(response)
+    if not tails:
         return None
-    tail = response[matches[-1].end():].lstrip(" \t\n*_:=").split("\n")[0]
-    if tail.startswith(("$", "\\(", "\\[")):
-        formula = re.match(r"\$\$?(.+?)\$\$?|\\[(\[](.+?)\\[)\]]", tail)
+    tail = tails[-1].lstrip(" \t\n*_:=").split("\n")[0]
+    if formula := re.match(r"\$\$?(.+?)\$\$?|\\[(\[](.+?)\\[)\]]", tail):
+        rest = tail[formula.end():]
         # "$5$ and $7$" goes on; "$5$, because" does not
-        if formula and not re.match(r"\s*(?:,|and\b|or\b)\s*(?:and\b|or\b)?\s*\$",
-                                    tail[formula.end():]):
-            unit = re.match(r"\s*(?:\\?%|[A-Za-z]+)\s*\.?\s*$", tail[formula.end():])
+        if not re.match(r"\s*(?:,|and\b|or\b)\s*(?:and\b|or\b)?\s*\$", rest):
+            unit = re.match(r"\s*(?:\\?%|[A-Za-z]+)\s*\.?\s*$", rest)
             return (formula[1] or formula[2]).strip() + (unit[0].rstrip(" .") if unit else "")
     tail = re.split(r"[.!?]\s+(?=[A-Z*])|[.!]?\s*$", tail.replace("**", ""))[0]
     return tail.strip(" *_") or None
@@ -237,7 +229,7 @@ def extract_answer(response):
 
 
 def superscript(match):
-    sign = "^" if match[0][0] in SUPERSCRIPTS else "_"
+    sign = "_" if match[0][0] in "₀₁₂₃₄₅₆₇₈₉" else "^"
     return sign + "{" + unicodedata.normalize("NFKC", match[0]).replace("−", "-") + "}"
 
 
@@ -258,9 +250,7 @@ def repeating(match):
 
 def text_group(match):
     inside = match[1].strip()
-    if not re.search("[A-Za-z]", inside):
-        return f" {inside} "
-    if inside in ("e", "i"):
+    if inside in ("e", "i") or not re.search("[A-Za-z]", inside):
         return f" {inside} "
     if quantity := re.fullmatch(r"(-?[\d.,]+)\s+([a-z][a-z\s.]*)", inside):
         return f"{quantity[1]}⟪{quantity[2]}⟫"
@@ -296,8 +286,7 @@ SPELLING = [(re.compile(pattern), replacement, before, after)
     (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}", r"{5\choose2}",
      r"\binom{5}{2}"),
     (r"\\(?:text)?color\s*(?:\[[a-zA-Z]+\])?\{[^{}]*\}", "", r"\color{red}{5}", "{5}"),
-    (r"\\mathbb\s*(?:\{R\}|R)\s*\^\{?\+\}?", r"(0,\\infty)", r"\mathbb{R}^+",
-     r"(0,\infty)"),
+    (r"\\mathbb\s*(?:\{R\}|R)\s*\^\{?\+\}?", r"(0,\\infty)", r"\mathbb{R}^+", r"(0,\infty)"),
     (r"\\mathbb\s*(?:\{R\}|R)", "⟪all real numbers⟫", r"\mathbb{R}", "⟪all real numbers⟫"),
     (r"⟪all real numbers⟫\s*(?:\\setminus|\\backslash|-)\s*\\\{([^{},]*)\\\}", r"x\\ne \1",
      r"⟪all real numbers⟫\setminus\{2\}", r"x\ne 2"),
@@ -315,7 +304,7 @@ SPELLING = [(re.compile(pattern), replacement, before, after)
     (r"\s+", " ", "x  y", "x y"),
     (r"(?<=\d)\s*\^?\{?\s*(?:⟪\s*)?(?:st|nd|rd|th)(?:\s*⟫)?\}?(?![A-Za-z])", "",
      "36^{⟪th⟫}", "36"),
-    (r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{(\d+)\}|\\(?:overline|bar|dot)\s*(\d))", repeating,
+    (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))", repeating,
      r"0.\overline{7}", r"\frac{7.}{9}"),
     (r"(?<![\d.}/)^_])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"(\1+\2/\3)", "2 1/3", "(2+1/3)"),
     (r"\\(?:leqslant|leq|le)(?![a-z])|<=", "≤", r"x\le 3", "x≤ 3"),
@@ -342,8 +331,7 @@ SPELLING = [(re.compile(pattern), replacement, before, after)
      if "and" in match[0] and re.search("[<>≤≥]", match.string) else ",",
      "x=1 or x=2", "x=1 , x=2"),
     (r",(?:\s*,)+", ",", "1,, 2", "1, 2"),
-    (r"\\\{\s*[a-z]\s*(?:∈\s*⟪all real numbers⟫\s*)?[|:](.*?)\\\}", r"\1", r"\{x | x>2\}",
-     " x>2"),
+    (r"\\\{\s*[a-z]\s*(?:∈\s*⟪all real numbers⟫\s*)?[|:](.*?)\\\}", r"\1", r"\{x | x>2\}", " x>2"),
     (r"([\[\]])([^][(),]+,[^][(),]+)([\[\]])", lambda match: "[("[match[1] == "]"] + match[2]
      + "])"[match[3] == "["], "]0,1[", "(0,1)"),
     (r"^(.*[^,\s(])[\s,(]*(?:⟪(?:for|where|with|for all)⟫)?\s*\b([a-z])\s*"
@@ -389,8 +377,7 @@ def tokenize(text):
     """Text in one spelling to tokens; "⟪words" is a run of plain words. Letters stand alone
     unless they are the name of a function, a unit or a word that no product of letters is."""
     tokens = []
-    for match in TOKEN.finditer(text):
-        token = match[0]
+    for token in TOKEN.findall(text):
         if token.isspace():
             continue
         if token[0] == "⟪":
@@ -427,8 +414,7 @@ def parse(text):
     text = respell(text)
     if len(text) > MAX_LENGTH:
         raise NotMath
-    if re.fullmatch(r"\s*\d+(?:\s*:\s*\d+)+\s*(?:[ap]\.?\s?m\.?|⟪[ap]\.?\s?m\.?⟫)?\s*", text,
-                    re.IGNORECASE):
+    if re.fullmatch(r"(?i)\s*\d+(?:\s*:\s*\d+)+\s*(?:[ap]\.?\s?m\.?|⟪[ap]\.?\s?m\.?⟫)?\s*", text):
         return ("ratio", re.sub(r"[\s.⟪⟫]", "", text).lower())
     if is_word(text):
         return text_tree(text)
@@ -490,10 +476,7 @@ class Parser:
     def sequence(self):
         """a, b, c: a bare list, whose order does not matter; or the one element."""
         windows, _ = self.split(",")
-        items = []
-        for start, end in windows:
-            for tree in self.alternatives(start, end):
-                items.append(tree)
+        items = [tree for window in windows for tree in self.alternatives(*window)]
         return items[0] if len(items) == 1 else ("seq", "{", "}", items)
 
     def alternatives(self, start, end):
@@ -525,11 +508,9 @@ class Parser:
         """x = 5, 1 < x ≤ 2, x ∈ S; a union of sets; or a quantity."""
         windows, operators = self.split(*RELATIONS)
         sides = [self.window(*window, self.side) for window in windows]
-        if operators:
-            if operators == ["∈"]:
-                return sides[1]
-            return ("rel", operators, sides)
-        return sides[0]
+        if operators == ["∈"]:
+            return sides[1]
+        return ("rel", operators, sides) if operators else sides[0]
 
     def side(self):
         windows, operators = self.split("∪", ":")
@@ -554,7 +535,8 @@ class Parser:
             return text_tree(self.tokens[start])
         rest = self.tokens[first:end]
         angle = any(token[1:] in ANGLE_FUNCTIONS for token in self.tokens[start:first])
-        if first in (start, end) or angle or not all(map(is_unit_token, rest)):
+        if first in (start, end) or angle or not all(
+                token[0] == "⟪" or token in "^{}/()*%°¢.-$23" for token in rest):
             return self.expression()
         tree = self.window(start, first, self.expression)
         self.i = end
@@ -604,7 +586,7 @@ class Parser:
             elif self.take("°"):
                 tree = ("call", "degrees", [tree])
             elif self.take("%"):
-                tree = ("/", tree, ("num", Fraction(100), None))
+                tree = ("/", tree, HUNDRED)
             else:
                 return tree
 
@@ -663,8 +645,8 @@ class Parser:
         closing, self.i = self.tokens[end], end + 1
         if opening == "\\begin":
             return self.matrix(start, end)
-        if opening in FLOORS:
-            return ("call", FLOORS[opening], [self.window(start, end, self.expression)])
+        if opening in ("\\lfloor", "\\lceil"):
+            return ("call", opening.removeprefix("\\l"), [self.window(start, end, self.expression)])
         tree = self.window(start, end, self.sequence)
         if opening == "\\{":
             return tree if tree[:2] == ("seq", "{") else ("seq", "{", "}", [tree])
@@ -696,22 +678,18 @@ class Parser:
 
     def rows(self):
         rows, _ = self.split("\\\\")
-        table = []
-        for start, end in rows:
-            if start == end:
-                continue
-            cells, _ = self.window(start, end, lambda: self.split("&"))
-            table.append([self.window(*cell, self.relation) for cell in cells])
-        return table
+        return [self.window(start, end, self.cells) for start, end in rows if start != end]
+
+    def cells(self):
+        windows, _ = self.split("&")
+        return [self.window(*window, self.relation) for window in windows]
 
     def argument(self, whole_number=False):
         """What a command takes: a group, or one digit, letter or command. A power in plain text
         takes the whole number: 2^10."""
-        if self.peek() == "{":
-            return self.base()
-        if self.peek() == "-":
-            return self.signed_factor()
         token = self.peek()
+        if token == "-":
+            return self.signed_factor()
         if token.isdigit() and len(token) > 1 and not whole_number:
             self.tokens = self.tokens[:]
             self.tokens[self.i] = token[1:]
@@ -735,16 +713,15 @@ class Parser:
                 base = self.argument(whole_number=True)
             else:
                 power = self.argument(whole_number=True)
-        inverse = power == ("num", Fraction(-1), None)
-        if inverse and name in TRIGONOMETRIC:
+        if power == ("num", Fraction(-1), None) and name in TRIGONOMETRIC:
             name, power = "arc" + name, None
-        arguments = self.arguments_of(name)
+        arguments = self.arguments()
         if base is not None:
             arguments, name = arguments + [base], {"log": "log_b"}.get(name, "")
         tree = ("call", name, arguments)
         return ("^", tree, power) if power is not None else tree
 
-    def arguments_of(self, name):
+    def arguments(self):
         """\\sin(x), \\sin 2x, \\sin\\frac{x}{2}, \\gcd(a, b)"""
         if self.peek() in ("(", "{", "[", "\\{"):
             tree = self.base()
@@ -757,8 +734,7 @@ class Parser:
         while (self.i < self.end and self.peek() not in ("+", "-", "*", "|", "/")
                and self.peek()[1:] not in ANGLE_FUNCTIONS and self.peek()[0] != "("):
             tree = product(tree, self.factor())
-        if self.peek() == "/" and not symbols(tree):
-            self.take()
+        if not symbols(tree) and self.take("/"):
             tree = ("/", tree, self.factor())
         return [tree]
 
@@ -768,19 +744,11 @@ def number(token):
     if len(token) > 1000 and exponent or len(exponent) > 4:
         raise NotMath
     places = len(mantissa.partition(".")[2]) if "." in mantissa else None
-    value = Fraction(mantissa.rstrip(".")) if len(mantissa) <= 1000 else big_number(mantissa)
+    value = Fraction(mantissa.rstrip("."))
     if exponent:
         value *= Fraction(10) ** int(exponent)
         places = (places or 0) - int(exponent)
     return ("num", value, places)
-
-
-def big_number(digits):
-    """int() refuses more than 4,300 digits, and takes time that grows as their square."""
-    whole, _, rest = digits.partition(".")
-    if len(digits) > 4000:
-        raise NotMath
-    return Fraction(int(whole + rest), 10 ** len(rest))
 
 
 def negated(tree):
@@ -796,10 +764,6 @@ def product(a, b):
     if b[0] == "matrix":
         return ("matrix", [[product(a, cell) for cell in row] for row in b[1]])
     return ("*", [*(a[1] if a[0] == "*" else [a]), b])
-
-
-def is_unit_token(token):
-    return token[0] == "⟪" or token in "^{}/()*%°¢.-$23"
 
 
 def canonical_unit(words):
@@ -821,20 +785,15 @@ def canonical_unit(words):
 
 def symbols(tree):
     """Names of the variables in a tree; e, i and pi are none."""
-    if isinstance(tree, list):
-        return set().union(*map(symbols, tree)) if tree else set()
-    if not isinstance(tree, tuple):
-        return set()
-    if tree[0] == "sym":
-        return set() if tree[1] in ("e", "i", "pi", "π") else {tree[1]}
-    return symbols(list(tree[1:]))
+    if isinstance(tree, tuple) and tree[0] == "sym":
+        return {tree[1]} - CONSTANTS
+    return set().union(*map(symbols, tree)) if isinstance(tree, (tuple, list)) else set()
 
 
 def has_decimals(tree):
-    if isinstance(tree, (tuple, list)):
-        return (tree[0] == "num" and tree[2] is not None if isinstance(tree, tuple) and tree
-                else False) or any(map(has_decimals, tree))
-    return False
+    if isinstance(tree, tuple) and tree[0] == "num":
+        return tree[2] is not None
+    return isinstance(tree, (tuple, list)) and any(map(has_decimals, tree))
 
 
 def decimal_places(tree):
@@ -869,8 +828,7 @@ def squash(text):
 
 
 def bounded(value, limit):
-    if isinstance(value, Fraction) and (value.numerator.bit_length()
-                                        + value.denominator.bit_length()) > limit:
+    if value.numerator.bit_length() + value.denominator.bit_length() > limit:
         raise TooBig
     return value
 
@@ -902,11 +860,7 @@ def fold(tree, values, limit):
         case ("^", a, b):
             return power(fold(a, values, limit), fold(b, values, limit), limit)
         case ("call", "root", [a, n]):
-            a, n = fold(a, values, limit), fold(n, values, limit)
-            if n == 0:
-                raise NotMath
-            inverse = 1 / n if isinstance(n, Fraction) else ("/", Fraction(1), n)
-            return power(a, inverse, limit)
+            return fold(("^", a, ("/", Fraction(1), n)), values, limit)
         case ("call", name, arguments):
             arguments = [fold(item, values, limit) for item in arguments]
             if all(isinstance(item, Fraction) for item in arguments) and name in RATIONAL:
@@ -940,13 +894,8 @@ def exact_root(value, n):
     """The rational n-th root of a fraction that is not negative, or None."""
     if value < 0 or n > 64:
         return None
-    roots = []
-    for part in (value.numerator, value.denominator):
-        root = integer_root(part, n)
-        if root ** n != part:
-            return None
-        roots.append(root)
-    return Fraction(*roots)
+    root = Fraction(integer_root(value.numerator, n), integer_root(value.denominator, n))
+    return root if root ** n == value else None
 
 
 def integer_root(value, n):
@@ -982,6 +931,11 @@ RATIONAL = {  # functions whose value is rational where their arguments are
 }
 
 
+MPMATH = {  # the names that mpmath has for functions of one number
+    **{name: name for name in "sin cos tan cot sec csc sinh cosh tanh exp floor ceil".split()},
+    "ln": "log", "lg": "log10", "arcsin": "asin", "arccos": "acos", "arctan": "atan", "cis": "expj"}
+
+
 def numeric(tree, mp, log):
     """The value of a folded tree in mpmath's numbers of the working precision."""
     match tree:
@@ -992,10 +946,7 @@ def numeric(tree, mp, log):
         case ("+", items):
             return sum((numeric(item, mp, log) for item in items), mp.mpf(0))
         case ("*", items):
-            value = mp.mpf(1)
-            for item in items:
-                value *= numeric(item, mp, log)
-            return value
+            return math.prod((numeric(item, mp, log) for item in items), start=mp.mpf(1))
         case ("/", a, b):
             return numeric(a, mp, log) / numeric(b, mp, log)
         case ("^", a, b):
@@ -1015,8 +966,7 @@ def numeric(tree, mp, log):
 
 
 def transcendental(name, values, mp, log):
-    """A function's value by mpmath (mp); `log` is the base of a bare log. NotMath for a name that
-    none has."""
+    """A function's value by mpmath (mp); `log` is the base of a bare log."""
     x = values[0]
     match name:
         case "log":
@@ -1025,17 +975,11 @@ def transcendental(name, values, mp, log):
             return mp.log(x) / mp.log(values[1])
         case "degrees":
             return x * mp.pi / 180
-        case "lg":
-            return mp.log10(x)
-        case "cis":
-            return mp.expj(x)
-        case "abs" | "floor" | "ceil" | "max" | "min":
-            return getattr(mp, name, {"abs": abs, "max": max, "min": min}.get(name))(*values)
-    name = {"ln": "log", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}.get(name, name)
-    if name not in ("sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh",
-                    "cosh", "tanh", "exp", "log"):
+        case "abs" | "max" | "min":
+            return getattr(builtins, name)(*values)
+    if name not in MPMATH:
         raise NotMath
-    return getattr(mp, name)(x)
+    return getattr(mp, MPMATH[name])(x)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1063,12 +1007,13 @@ def same(a, b, effort):
             return same_relation(a, b, effort)
         case _, ("rel", *_):
             return same_relation(b, a, effort)
-        case (("unit", *_), _) | (_, ("unit", *_)):  # a percent sign, on one side or on both
-            return same_percent(a, b, effort)
-        case ("seq", "{", "}", x), ("seq", "{", "}", y):
-            return same_elements(x, y, effort)
-        case (("union", x), ("union", y)) | (("union", x), ("seq", "{", "}", y)) | (
-                ("seq", "{", "}", x), ("union", y)):
+        case ("unit", x, _), ("unit", y, _):  # percent signs: no other unit is left
+            return same(x, y, effort)
+        case ("unit", x, _), _:
+            return same(x, b, effort) or same(("/", x, HUNDRED), b, effort)
+        case _, ("unit", y, _):
+            return same(a, y, effort) or same(a, ("/", y, HUNDRED), effort)
+        case ("seq", "{", "}", x) | ("union", x), ("seq", "{", "}", y) | ("union", y):
             return same_elements(x, y, effort)
         case (("seq", "{", "}", [x]), y) | (y, ("seq", "{", "}", [x])):
             return same(x, y, effort)
@@ -1089,8 +1034,7 @@ def same(a, b, effort):
 
 
 def without_unit(tree, other):
-    """A tree less its unit, where the unit says no more than the other side; None where the two
-    sides have units that differ. A percent sign stays."""
+    """A tree less its unit; None where the other side has another unit. A percent sign stays."""
     match tree, other:
         case ("unit", _, "%"), _:
             return tree
@@ -1099,17 +1043,6 @@ def without_unit(tree, other):
         case ("unit", x, _), _:
             return x
     return tree
-
-
-def same_percent(a, b, effort):
-    match a, b:
-        case ("unit", x, "%"), ("unit", y, "%"):
-            return same(x, y, effort)
-        case (("unit", x, "%"), y):
-            return same(x, y, effort) or same(("/", x, HUNDRED), y, effort)
-        case (x, ("unit", y, "%")):
-            return same(x, y, effort) or same(x, ("/", y, HUNDRED), effort)
-    raise NotMath
 
 
 def same_elements(a, b, effort):
@@ -1130,15 +1063,15 @@ def same_relation(a, b, effort):
     a, b = simplified(a, effort), simplified(b, effort)
     if a[0] != "rel":
         return same(a, b, effort)
+    span, other = interval(a), interval(b)
     if b[0] != "rel":
         for name, value in ((a[2][0], a[2][-1]), (a[2][-1], a[2][0])):
             if a[1] == ["="] and is_name(name) and (
                     name[0] == "*" or not symbols(value) & symbols(name)):
                 return same(value, b, effort)
-        span = interval(a)
         return span is not None and same(span[1], b, effort)
-    if interval(a) and interval(b):
-        return interval(a)[0] == interval(b)[0] and same(interval(a)[1], interval(b)[1], effort)
+    if span and other:
+        return span[0] == other[0] and same(span[1], other[1], effort)
     if a[1] != b[1]:
         return False
     if len(a[1]) > 1 or any(side[0] in STRUCTURES for side in a[2] + b[2]):
@@ -1183,7 +1116,7 @@ def is_name(tree):
     """x, x_1, f(x), (x, y), Area: what an equation may name."""
     match tree:
         case ("sym", name):
-            return name not in ("e", "i", "pi", "π")
+            return name not in CONSTANTS
         case ("text", _):
             return True
         case ("*", [("sym", _) | ("^", ("sym", _), ("num", -1, _)), ("num", *_)]):
@@ -1201,8 +1134,7 @@ def is_name(tree):
 
 
 def interval(tree):
-    """(variable, interval) of a < x ≤ b and x < b, two intervals of x ≠ a; None for what bounds
-    no variable."""
+    """(variable, interval) of a < x ≤ b and x < b, two intervals of x ≠ a; else None."""
     def of(low, left, name, right, high):
         return name, ("seq", "(" if left == "<" else "[", ")" if right == "<" else "]", [low, high])
     match tree:
@@ -1230,22 +1162,16 @@ def same_value(a, b, effort):
     names = sorted(symbols(a) | symbols(b))
     if not names:
         x, y = fold(a, {}, effort.bits), fold(b, {}, effort.bits)
-        if isinstance(x, Fraction) and isinstance(y, Fraction):
-            if x == y:
-                return True
-            difference = abs(x - y)
-        else:
-            if agree(x, y, effort):
-                return True
-            difference = None
+        if agree(x, y, effort):
+            return True
         places = decimal_places(b)
         if places is None or has_decimals(a) or isinstance(x, Fraction) and x.denominator == 1:
             return False
-        if difference is None:  # does an exact prediction round to the gold's digits?
-            mp = effort.mpmath(60)
-            difference = abs(numeric(x, mp, 0) - numeric(y, mp, 0))
-        return difference <= Fraction(10) ** -places / 2 if isinstance(difference, Fraction) \
-            else difference * 2 * mp.mpf(10) ** places <= 1
+        # does an exact prediction round to the gold's digits?
+        if isinstance(x, Fraction) and isinstance(y, Fraction):
+            return abs(x - y) <= Fraction(10) ** -places / 2
+        mp = effort.mpmath(60)
+        return abs(numeric(x, mp, 0) - numeric(y, mp, 0)) * 2 * mp.mpf(10) ** places <= 1
     if symbols(a) != symbols(b) and not (a[0] in "+*/^" or b[0] in "+*/^"):
         return False
     return on_points(names, lambda values: agree(fold(a, values, effort.bits),
@@ -1297,15 +1223,13 @@ def agree_numeric(x, y, digits, effort, log):
     for precision in (digits, 4 * digits):
         mp = effort.mpmath(precision)
         a, b = numeric(x, mp, log), numeric(y, mp, log)
-        scale = max(abs(a), abs(b))
-        difference = abs(a - b)
+        scale, difference = max(abs(a), abs(b)), abs(a - b)
         if not mp.isfinite(scale):
             raise NotMath
         if difference > mp.mpf(10) ** (-precision // 2) * max(1, scale):
             return False
-        if difference > mp.mpf(10) ** (-precision * 2 // 3) * scale and scale != 0:
-            continue
-        return True
+        if difference <= mp.mpf(10) ** (-precision * 2 // 3) * scale:
+            break
     return True
 
 
@@ -1323,19 +1247,18 @@ def proportional(a, b, positive, effort):
     an inequality k is positive."""
     if not symbols(a) or symbols(a) != symbols(b):
         return False
-    names, ratio = sorted(symbols(a)), None
+    ratio = None
 
     def agrees(values):
         nonlocal ratio
         x, y = fold(a, values, effort.bits), fold(b, values, effort.bits)
-        this = ("/", x, y) if not (isinstance(x, Fraction) and isinstance(y, Fraction)) else x / y
-        if ratio is None:
-            ratio = this
+        this = x / y if isinstance(x, Fraction) and isinstance(y, Fraction) else ("/", x, y)
+        ratio = this if ratio is None else ratio
         sign = this if isinstance(this, Fraction) else numeric(this, effort.mpmath(60), 0)
         if positive and (getattr(sign, "imag", 0) != 0 or sign < 0):
             return False
         return agree(this, ratio, effort)
-    return on_points(names, agrees)
+    return on_points(sorted(symbols(a)), agrees)
 
 
 class Effort:
@@ -1369,8 +1292,7 @@ def sole_letter(gold):
 
 
 def choice_letter(text):
-    """The letter of a text that is one option: C, (C), C., \\text{(C)}, C) 14 cm; None for what
-    names two."""
+    """The letter of a text that is one option: C, (C), \\text{C.}, C) 14 cm; None for two."""
     match = OPTION.match(plain(text))
     if not match or SECOND_OPTION.match(plain(text)[match.end():]):
         return None
@@ -1520,9 +1442,8 @@ def verify_math(response, gold):
     answer is a number."""
     letter = sole_letter(gold)
     extracted, how = find_answer(response)
-    if letter and how != "box":
-        found = find_letter(response)
-        extracted, how = (found, "phrase") if found else (extracted, how)
+    if letter and how != "box" and (found := find_letter(response)):
+        extracted, how = found, "phrase"
     if extracted is None or how == "number" and not is_number(gold):
         return Verdict(False, "no answer", None)
     verdict = math_verdict(extracted, gold)
@@ -1551,8 +1472,7 @@ def find_letter(response):
     box = last_box(response)
     if box and (letter := choice_letter(box)):
         return letter
-    phrases = list(CHOICE_PHRASE.finditer(response))
-    for match in reversed(phrases):
+    for match in reversed(list(CHOICE_PHRASE.finditer(response))):
         tail = response[match.end():match.end() + 200].lstrip(" \t\n*_:=$")
         tail = re.sub(r"^(?:option|choice|letter)\s+", "", tail, flags=re.IGNORECASE).lstrip("*_")
         tail = re.sub(r"^\\\(|^\\text(?:bf)?\{|^\{", "", tail)
@@ -1573,15 +1493,23 @@ def find_letter(response):
 def verify_choice(response, gold):
     """The verdict on the letter that a response chooses."""
     letter = find_letter(response)
-    gold = choice_letter(gold)
     if letter is None:
         box = last_box(response) or None
         return Verdict(False, "wrong answer" if box else "no answer", box)
-    return Verdict(letter == gold, "correct" if letter == gold else "wrong answer", letter)
+    passed = letter == choice_letter(gold)
+    return Verdict(passed, "correct" if passed else "wrong answer", letter)
 
 
 # ---------------------------------------------------------------------------------------------
 # Programs: what comes out of the sandbox
+
+
+def to_bytes(text):
+    return text.encode("utf-8", "surrogatepass")
+
+
+FORMS = {bool: bool, int: hex, float: float.hex, bytes: bytes.hex,
+         str: lambda text: to_bytes(text).hex()}
 
 
 def encode(value, depth=0):
@@ -1591,11 +1519,9 @@ def encode(value, depth=0):
         raise RecursionError("a value nested too deeply")
     if type(value).__module__.split(".")[0] == "numpy":
         value = value.tolist() if hasattr(value, "tolist") else value
-    for kind in (bool, int, float, str, bytes):
+    for kind, form in FORMS.items():
         if isinstance(value, kind):
-            return [kind.__name__, {bool: bool, int: hex, float: float.hex, bytes: bytes.hex,
-                                    str: lambda s: s.encode("utf-8", "surrogatepass").hex()}[
-                                        kind](value)]
+            return [kind.__name__, form(value)]
     if value is None:
         return ["None"]
     if isinstance(value, complex):
@@ -1610,17 +1536,13 @@ def encode(value, depth=0):
 
 
 class Foreign:
-    """A value that has no form as data. A test that compares it, or asks whether it is true,
-    fails."""
+    """A value that has no form as data: a test that compares it, or asks for its truth, fails."""
 
     def __init__(self, name):
         self.name = name
 
     def __eq__(self, other):
         raise TypeError(f"a value of type {self.name} does not leave its process")
-
-    __ne__ = __eq__
-    __hash__ = None
 
     def __bool__(self):
         return self == True  # noqa: E712
@@ -1768,13 +1690,17 @@ class SandboxFailure(Exception):
     """The zygote is gone: the test is judged as failed, and the next one gets another."""
 
 
+def write_all(file, content):
+    view = memoryview(content)
+    while view:
+        view = view[os.write(file, view):]
+
+
 def memory_file(name, content=None):
     """A file without a name; one with content is sealed against change."""
     file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     if content is not None:
-        view = memoryview(content)
-        while view:
-            view = view[os.write(file, view):]
+        write_all(file, content)
         os.lseek(file, 0, os.SEEK_SET)
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW
                     | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
@@ -1782,8 +1708,7 @@ def memory_file(name, content=None):
 
 
 def read_all(file):
-    size = os.fstat(file).st_size
-    return os.pread(file, min(size, MAX_OUTPUT), 0)
+    return os.pread(file, min(os.fstat(file).st_size, MAX_OUTPUT), 0)
 
 
 def containment(without=()):
@@ -1798,8 +1723,7 @@ def containment(without=()):
     POOL.give_back(("sandbox", without), sandbox)
     if status != "exit 0":
         raise RuntimeError(f"the sandbox fails its own test: {status}")
-    allowed = output.decode().split()
-    return {**sandbox.layers, "allowed": allowed}
+    return {**sandbox.layers, "allowed": output.decode().split()}
 
 
 def tested_sandbox(without, allow_unsafe):
@@ -1808,16 +1732,13 @@ def tested_sandbox(without, allow_unsafe):
     if sys.platform != "linux":
         raise RuntimeError("programs are judged on Linux only")
     key = ("sandbox", without)
-    if key not in TESTED:
-        TESTED[key] = containment(without)
-    report = TESTED[key]
+    report = TESTED[key] = TESTED.get(key) or containment(without)
     if not (allow_unsafe or "seccomp" in without) and (
             "seccomp" not in report["active"] or report["allowed"]):
-        raise RuntimeError(
-            "programs cannot be confined here: "
-            + (f"a test program could {', '.join(report['allowed'])}" if report["allowed"]
+        why = (f"a test program could {', '.join(report['allowed'])}" if report["allowed"]
                else "the kernel has no system-call filter (seccomp)")
-            + "; run where it has one, or accept the danger with --allow_unsafe")
+        raise RuntimeError(f"programs cannot be confined here: {why}; run where it has one, or "
+                           "accept the danger with --allow_unsafe")
     return POOL.take(key, lambda: Sandbox(without))
 
 
@@ -1929,13 +1850,8 @@ def failure(status, kind, detail, output):
     return f"runtime error: {status}"
 
 
-def to_bytes(text):
-    return text.encode("utf-8", "surrogatepass")
-
-
 def find_program(response):
-    """The last fenced code block of the solution section, or else of the response; None where
-    there is none."""
+    """The last fenced code block of the solution section, or else of the response, or None."""
     head, mark, tail = response.rpartition("<|begin_of_solution|>")
     for text in (tail, response) if mark else (response,):
         blocks = FENCE.findall(text)
@@ -1975,14 +1891,11 @@ def zygote(descriptor, without):
     active += ["landlock"] * readable
     uid = None
     if os.getuid() == 0 and "uid" not in without:
-        uid = private_uid()
+        # a user that no one else is, so that its limits count this sandbox's processes alone
+        uid = 200_000_000 + os.getpid() % 100_000_000
         active.append("uid")
-    try:
-        program = None if "seccomp" in without else system_call_filter(
-            os.uname().machine, os.getpid(), deny_open=not readable)
-        active += ["seccomp"] * (program is not None)
-    except KeyError:  # a processor that the table does not know
-        program = None
+    if os.uname().machine in MACHINES and "seccomp" not in without:
+        active.append("seccomp")
     child = Confinement(active, uid, readable, null, tasks)
     gc.collect()
     gc.freeze()
@@ -2004,20 +1917,18 @@ def zygote(descriptor, without):
 def serve_request(child, request, files):
     """Fork what the request asks for, wait for it, and tell how it ended and its CPU seconds."""
     source, data, output, result = files[:4]
-    timeout = request["timeout"]
     if len(files) == 4:
         pid = start(child, request, [data, output, result, source], run_child)
-        return wait_for({pid: timeout}, pid)
-    ask_read, ask_write = os.pipe()
-    answer_read, answer_write = os.pipe()
-    pipes = [ask_read, ask_write, answer_read, answer_write]
+        return wait_for({pid}, pid, request["timeout"])
+    pipes = [*os.pipe(), *os.pipe()]
+    ask_read, ask_write, answer_read, answer_write = pipes
     candidate = start(child, request, [data, output, answer_write, source, ask_read], run_child)
     # the judge waits while the candidate works: its own CPU time is the tests' alone
     judge = start(child, request, [child.null, child.null, result, files[4], ask_write,
                                    answer_read], run_judge)
     for pipe in pipes:
         os.close(pipe)
-    return wait_for({candidate: timeout, judge: timeout}, judge)
+    return wait_for({candidate, judge}, judge, request["timeout"])
 
 
 def start(child, request, files, work):
@@ -2038,13 +1949,12 @@ def start(child, request, files, work):
         os._exit(70)
 
 
-def wait_for(limits, chosen):
-    """How the chosen process ended and the CPU seconds of the busiest. limits: {pid: CPU
-    seconds}. When one exceeds its limit all are killed; when the chosen one ends, the rest is."""
-    timeout = max(limits.values())
-    deadline, ended, alive = time.monotonic() + 3 * timeout + 5, {}, dict(limits)
+def wait_for(alive, chosen, timeout):
+    """How the chosen process ended and the CPU seconds of the busiest. When one takes more than
+    timeout all are killed; when the chosen one ends, the rest is."""
+    deadline, ended = time.monotonic() + 3 * timeout + 5, {}
     status, most = None, 0.0
-    handles = {os.pidfd_open(pid): pid for pid in limits}
+    handles = {os.pidfd_open(pid): pid for pid in alive}
     poll = select.poll()
     for handle in handles:
         poll.register(handle, select.POLLIN)
@@ -2059,15 +1969,15 @@ def wait_for(limits, chosen):
         for handle, _ in poll.poll(max(1, wait * 1000)):
             pid = handles[handle]
             _, code, usage = os.wait4(pid, 0)
-            ended[pid] = code
+            ended[pid] = os.waitstatus_to_exitcode(code)
             most = max(most, usage.ru_utime + usage.ru_stime)
             poll.unregister(handle)
             os.close(handle)
-            del alive[pid]
+            alive.remove(pid)
     if status is None:
-        code = os.waitstatus_to_exitcode(ended[chosen])
+        code = ended[chosen]
         status = f"exit {code}" if code >= 0 else f"signal {-code}"
-        if any(os.waitstatus_to_exitcode(code) == -signal.SIGXCPU for code in ended.values()):
+        if -signal.SIGXCPU in ended.values():
             status = "timeout"
     return status, most
 
@@ -2105,7 +2015,8 @@ class Confinement:
             os.setgroups([])
             os.setresgid(self.uid, self.uid, self.uid)
             os.setresuid(self.uid, self.uid, self.uid)
-        drop_capabilities()
+        # no capabilities: version 3, this process (linux/capability.h)
+        libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
         libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # else /proc/self and /dev/stdin are root's
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
@@ -2117,10 +2028,10 @@ class Confinement:
 
 def run_child(mode):
     """The program's process: descriptors 0 input, 1 output, 3 result, 4 source (5 calls)."""
-    setup, code = json.loads(read_descriptor(4))
-    os.close(4)
+    with open(4, "rb") as source:
+        setup, code = json.load(source)
+    call = json.load(open(0, "rb", closefd=False)) if mode == "call" else None
     builtins.open = io.open = open_by_number
-    call = json.loads(read_descriptor(0)) if mode == "call" else None
     sys.stdin = open(0, "r", encoding="utf-8", errors="surrogateescape", closefd=False)
     sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
     sys.stderr = open(2, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
@@ -2173,17 +2084,8 @@ def open_by_number(file, *arguments, real=io.open, **keywords):
     return real(file, *arguments, **keywords)
 
 
-def read_descriptor(file):
-    parts = []
-    while part := os.read(file, 1 << 20):
-        parts.append(part)
-    return b"".join(parts)
-
-
-def report(message, file=3):
-    view = memoryview(message)
-    while view:
-        view = view[os.write(file, view):]
+def report(message):
+    write_all(3, message)
 
 
 def find_function(namespace, name):
@@ -2220,7 +2122,8 @@ def answer_calls(namespace):
 def run_judge(mode):
     """The process that holds the asserts: descriptors 3 result, 4 source, 5 calls, 6 answers. It
     calls the candidate by messages, and what comes back is built from exact types."""
-    setup, test = json.loads(read_descriptor(4))
+    with open(4, "rb") as source:
+        setup, test = json.load(source)
     sys.stdout = sys.stderr = open(1, "w", closefd=False)
     calls, answers = open(5, "wb"), open(6, "rb")
     offered = read_offer(answers)
@@ -2284,16 +2187,14 @@ def read_offer(answers):
             return offered
     except ValueError:
         pass
-    kind = line.split(b" ", 1)
-    report(line[:100].strip() if kind[0] == b"error" else b"error no answer")
+    report(line[:100].strip() if line.split(b" ", 1)[0] == b"error" else b"error no answer")
     os._exit(1)
 
 
 def wanted_names(offered, test):
     """The names of a program that a test means. A built-in one is meant only if it is the function
     under test, check(max) or the sole name: a false len or abs must not make a test hold."""
-    words = set(re.findall(r"\w+", test))
-    wanted = {name for name in offered if name in words}
+    wanted = offered.keys() & set(re.findall(r"\w+", test))
     known = {name for name in wanted if hasattr(builtins, name)}
     if len(wanted) == len(known) == 1:
         return wanted
@@ -2302,11 +2203,6 @@ def wanted_names(offered, test):
 
 class CandidateGone(BaseException):
     """The program's process ended before its answer."""
-
-
-def private_uid():
-    """A user that no one else is, so that its limits count this sandbox's processes alone."""
-    return 200_000_000 + os.getpid() % 100_000_000
 
 
 def tasks_of(uid):
@@ -2337,11 +2233,6 @@ def enter_namespaces():
             except OSError:
                 return False
     return True
-
-
-def drop_capabilities():
-    header = struct.pack("Ii", 0x20080522, 0)  # version 3, this process: linux/capability.h
-    libc.capset(header, bytes(24))
 
 
 def restrict_reading():
@@ -2403,15 +2294,14 @@ faccessat2 439 439
 CHECKED = {"open": (2, -1), "openat": (257, 56), "clone": (56, 220), "kill": (62, 129),
            "tgkill": (234, 131), "prlimit64": (302, 261), "fcntl": (72, 25)}
 ABSENT = (435, 437)  # clone3, openat2
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, architecture
 
 
 def system_call_filter(machine, pid, deny_open):
-    """The BPF program (linux/filter.h) of an allow-list: all else fails with EPERM. Raises
-    KeyError for a processor that the table does not know."""
-    column = {"x86_64": 0, "aarch64": 1}[machine]
-    architecture = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine]
-    allow, refuse, absent, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, \
-        0x00050000 | errno.ENOSYS, 0x80000000
+    """The BPF program (linux/filter.h) of an allow-list: all else fails with EPERM."""
+    column, architecture = MACHINES[machine]
+    allow, kill = 0x7FFF0000, 0x80000000
+    refuse, absent = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
     LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 
     def step(code, k, yes=0, no=0):
@@ -2428,7 +2318,7 @@ def system_call_filter(machine, pid, deny_open):
     program = [step(LOAD, 4), step(EQUAL, architecture, 1, 0), step(RETURN, kill), step(LOAD, 0)]
     if machine == "x86_64":
         program += [step(AT_LEAST, 0x40000000, 0, 1), no]  # the x32 calls
-    for entry in ALLOWED.replace("\n", " ").split(","):
+    for entry in ALLOWED.split(","):
         program += when(int(entry.split()[1 + column]), done)
     for number in ABSENT:
         program += when(number, step(RETURN, absent))
@@ -2498,18 +2388,16 @@ def keeps_structure(sample):
     if len(thought) < 0.8 * len(before):
         return False
     solution = response[places[2]:places[3]]
-    if kind == "code":
-        ours, theirs = find_program(solution), find_program(original)
-        return ours is not None and theirs is not None and ours.split() == theirs.split()
-    find = find_letter if kind == "choice" else extract_answer
+    find = {"math": extract_answer, "choice": find_letter, "code": find_program}[kind]
     ours, theirs = find(solution), find(original)
-    return ours is not None and theirs is not None and (
-        ours == theirs if kind == "choice" else math_equal(ours, theirs))
+    if ours is None or theirs is None:
+        return False
+    return math_equal(ours, theirs) if kind == "math" else ours.split() == theirs.split()
 
 
 def verify_lines(lines, options):
-    """Verified rows of (name of the place, JSON line): what a worker process does. A list of
-    (line, brief); brief is what the summary needs."""
+    """What a worker process does: (place, JSON line) in; (verified line, brief of it for the
+    summary, containment of its program) out."""
     done = []
     for place, line in lines:
         try:
@@ -2527,8 +2415,8 @@ def verify_lines(lines, options):
 
 def brief(row):
     """What the summary needs of a verified row: (model, source, problem, passed, vote, tokens,
-    reason). The votes for one answer are equal: all correct ones, and wrong ones of one spelling; no
-    answer is "", and a program has no vote."""
+    reason). The votes for one answer are equal: all correct ones, and wrong ones of one spelling;
+    no answer is "", and a program has no vote."""
     vote = None if row["kind"] == "code" else ""
     if vote is not None and row["extracted"] is not None:
         vote = "correct" if row["passed"] else "wrong: " + squash(row["extracted"])
@@ -2553,14 +2441,14 @@ class BadInput(Exception):
 
 
 class Summary:
-    """Counts by model, source and problem: the memory it takes grows with the problems, not with
-    the samples' text."""
+    """Counts by model, source and problem, but no text: memory grows with the problems alone."""
 
     def __init__(self):
         self.groups = {}  # by (model, source): by problem [samples, passed, votes]; tokens; reasons
 
     def add(self, model, source, problem, passed, vote, tokens, reason):
-        problems, total, reasons = self.groups.setdefault((model, source), ({}, [0, 0], {}))
+        problems, total, reasons = self.groups.setdefault((model, source),
+                                                          ({}, [0, 0], collections.Counter()))
         counts = problems.setdefault(problem, [0, 0, {}])
         counts[0] += 1
         counts[1] += passed
@@ -2569,11 +2457,10 @@ class Summary:
         if tokens is not None:
             total[0] += tokens
             total[1] += 1
-        reasons[reason] = reasons.get(reason, 0) + 1
+        reasons[reason] += 1
 
     def rows(self):
-        """One dict for each source of each model, and one for all of a model's if it has
-        several."""
+        """One dict for each source of each model, and one for all of a model's several."""
         rows, models = [], sorted({model for model, _ in self.groups}) or [""]
         for model in models:
             groups = {source: group for (name, source), group in sorted(self.groups.items())
@@ -2587,12 +2474,11 @@ class Summary:
 
 def merged(groups):
     """The counts of several groups of problems as those of one."""
-    problems, total, reasons = {}, [0, 0], {}
+    problems, total, reasons = {}, [0, 0], collections.Counter()
     for number, (counts, tokens, by_reason) in enumerate(groups):
         problems |= {(number, problem): count for problem, count in counts.items()}
         total = [a + b for a, b in zip(total, tokens, strict=True)]
-        for reason, count in by_reason.items():
-            reasons[reason] = reasons.get(reason, 0) + count
+        reasons.update(by_reason)
     return problems, total, reasons
 
 
@@ -2617,12 +2503,11 @@ def score(source, problems, tokens, reasons):
             "accuracy": accuracy, "standard_error": error, "pass_at_k": chances,
             "majority": consensus, "n": most,
             "mean_tokens": tokens[0] / tokens[1] if tokens[1] else None,
-            "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1]))}
+            "reasons": dict(reasons.most_common())}
 
 
 def pass_at_k(n, passed, k):
-    """The chance that one of k of the n samples, drawn without replacement, passes: the unbiased
-    estimate of arXiv 2107.03374."""
+    """The chance that one of k of the n samples passes: the unbiased estimate, arXiv 2107.03374."""
     return 1 - math.comb(n - passed, k) / math.comb(n, k)
 
 
@@ -2660,12 +2545,11 @@ def published(rows):
 
 
 def table(rows):
-    """The rows as text; the models' names only where there are several. The reasons are counted
-    over everything."""
+    """The rows as text, the models' names where there are several, and the reasons of all."""
     def percent(value):
         return "-" if value is None else f"{100 * value:.1f}"
     lines = [["model", "source", "problems", "samples", "accuracy", "pass@k", "majority", "tokens"]]
-    reasons = {}
+    reasons = collections.Counter()
     for row in rows:
         error = "" if row["standard_error"] is None else f" ± {percent(row['standard_error'])}"
         chances = ", ".join(f"{k}: {percent(p)}" for k, p in row["pass_at_k"].items())
@@ -2674,15 +2558,13 @@ def table(rows):
                       str(row["samples"]), percent(row["accuracy"]) + error, chances,
                       f"{percent(row['majority'])} @{row['n']}", tokens])
         if row["source"] != "all" or len(rows) == 1:
-            for reason, count in row["reasons"].items():
-                reasons[reason] = reasons.get(reason, 0) + count
+            reasons.update(row["reasons"])
     first = 0 if len({row["model"] for row in rows}) > 1 else 1
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in
                       list(zip(line, widths, strict=True))[first:]).rstrip() for line in lines]
-    reasons = sorted(reasons.items(), key=lambda item: -item[1])
-    return "\n".join([*text, *dict.fromkeys(published(rows)), "",
-                      "; ".join(f"{reason} {count}" for reason, count in reasons)])
+    return "\n".join([*text, *dict.fromkeys(published(rows)), "", "; ".join(
+        f"{reason} {count}" for reason, count in reasons.most_common())])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2702,6 +2584,7 @@ def resume(out, lines, summary):
     """Skip the rows of `lines` that `out` holds already: a line that a kill has torn is cut off,
     and each row must be the one that was verified. Returns how many there are."""
     count = end = 0
+    advice = "name another --out, or delete the file"
     with open(out, "rb+") as file:
         for line in file:
             try:
@@ -2710,10 +2593,8 @@ def resume(out, lines, summary):
                 row = None
             if row is None:
                 break
-            if not isinstance(row, dict) or not {"kind", "passed", "extracted",
-                                                 "reason"} <= row.keys():
-                raise BadInput(f"{out}: row {count + 1} is no verdict; name another --out, or "
-                               "delete the file")
+            if not isinstance(row, dict) or {"kind", "passed", "extracted", "reason"} - row.keys():
+                raise BadInput(f"{out}: row {count + 1} is no verdict; {advice}")
             place, given = next(lines, (None, "{}"))
             try:
                 given = json.loads(given)
@@ -2723,8 +2604,7 @@ def resume(out, lines, summary):
                 same_row = False
             if not same_row:
                 raise BadInput(f"{out}: row {count + 1} is not the verdict on "
-                               f"{place or 'any row of the input'}; name another --out, or delete "
-                               "the file")
+                               f"{place or 'any row of the input'}; {advice}")
             summary.add(*brief(row))
             count, end = count + 1, end + len(line)
         file.truncate(end)
@@ -2794,8 +2674,8 @@ def parse_arguments():
                         help="the samples with passed, extracted and reason, in their order; what "
                              "the file holds already is not verified again")
     parser.add_argument("--keep", help="the samples that passed, for train.py")
-    parser.add_argument("--per_problem", type=int, help="keep at most so many of each problem, the "
-                                                        "shortest (all)")
+    parser.add_argument("--per_problem", type=int,
+                        help="keep at most so many of each problem, the shortest (all)")
     parser.add_argument("--timeout", type=float, default=10.0,
                         help="CPU seconds of a program's test (10)")
     parser.add_argument("--memory", type=int, default=DEFAULT_MEMORY,

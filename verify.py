@@ -953,9 +953,9 @@ def numeric(tree, mp, log):
             a, b = numeric(a, mp, log), numeric(b, mp, log)
             if abs(b) > 10000:
                 raise NotMath
-            odd_root = tree[2] in (Fraction(1, 3), Fraction(1, 5), Fraction(1, 7))
+            odd_root = isinstance(tree[2], Fraction) and tree[2].denominator % 2
             if odd_root and mp.im(a) == 0 and mp.re(a) < 0:  # the real one
-                return -(-a) ** b
+                return (-1) ** tree[2].numerator * (-a) ** b
             return a ** b
         case ("call", name, arguments):
             values = [numeric(item, mp, log) for item in arguments]
@@ -1750,21 +1750,21 @@ libc = ctypes.CDLL(None, use_errno=True)
 def attempt(name, action):
     try:
         if action():
-            print(name)
+            print(name, flush=True)
     except BaseException:
         pass
 attempt("fork", lambda: os.fork() or os._exit(0))
-attempt("exec", lambda: os.execv("/bin/sh", ["sh", "-c", "exit 9"]))
 attempt("socket", lambda: socket.socket())
 attempt("socket", lambda: socket.socket(socket.AF_UNIX))
-attempt("write", lambda: open("/tmp/sky-t1-probe", "w"))
-attempt("write", lambda: open("/dev/shm/sky-t1-probe", "w"))
+attempt("write", lambda: os.remove(open("/tmp/sky-t1-probe", "w").name) is None)
+attempt("write", lambda: os.remove(open("/dev/shm/sky-t1-probe", "w").name) is None)
 attempt("read", lambda: os.open("/etc/passwd", os.O_RDONLY) + 1)
 attempt("read", lambda: os.open("/proc/%d/mem" % parent, os.O_RDONLY) + 1)
 attempt("signal", lambda: os.kill(parent, 0) is None)
 attempt("trace", lambda: libc.ptrace(16, parent, 0, 0) == 0)
 attempt("limit", lambda: libc.prlimit(os.getppid(), 7, 0, 0) == 0)
 attempt("memory", lambda: bytearray(1 << 36))
+attempt("exec", lambda: os.execv("/bin/sh", ["sh", "-c", "echo exec"]))
 """
 
 
@@ -2365,8 +2365,11 @@ def verify_sample(sample, **options):
         raise ValueError(f"field {field} is missing or no {'list' if kind == 'code' else 'text'}")
     if sample.get("finish_reason") == "length":
         return Verdict(False, "truncated")
-    if "original" in sample and not keeps_structure(sample):
-        return Verdict(False, "structure")
+    if "original" in sample:
+        if not isinstance(sample["original"], str):
+            raise ValueError("field original is no text")
+        if not keeps_structure(sample):
+            return Verdict(False, "structure")
     if kind == "math":
         return verify_math(response, sample["answer"])
     if kind == "choice":
@@ -2592,6 +2595,8 @@ def resume(out, lines, summary):
             except ValueError:
                 row = None
             if row is None:
+                if file.readline():
+                    raise BadInput(f"{out}: row {count + 1} is broken; {advice}")
                 break
             if not isinstance(row, dict) or {"kind", "passed", "extracted", "reason"} - row.keys():
                 raise BadInput(f"{out}: row {count + 1} is no verdict; {advice}")
@@ -2645,7 +2650,7 @@ def keep(verified, path, per_problem):
             if row["passed"]:
                 digest = hashlib.blake2b(problem_key(row) + row["response"].encode(
                     "utf-8", "surrogatepass"), digest_size=16).digest()
-                length = row.get("num_tokens") or len(row["response"])
+                length = len(row["response"])
                 if digest in seen:
                     duplicates += 1
                 else:

@@ -345,3 +345,9 @@ def test_one_layer_fewer_still_passes_honest_programs(world, layer):
                 for program in HONEST if not program.optional}
     failed = {name: verdict for name, verdict in verdicts.items() if not verdict.passed}
     assert not failed, "\n".join(f"{name}: {failed[name].reason}" for name in failed)
+
+
+def test_the_self_test_tells_what_a_program_could_do_without_a_filter():
+    assert verify.containment()["allowed"] == []
+    assert {"fork", "exec", "socket"} <= set(verify.containment(("landlock", "seccomp"))["allowed"])
+    assert not list(Path("/tmp").glob("sky-t1-probe"))

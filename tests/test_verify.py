@@ -346,11 +346,23 @@ def test_another_runs_file_is_refused_and_left_alone(tmp_path):
     assert out.read_bytes() == before
 
 
+def test_a_line_broken_in_the_middle_is_refused_and_nothing_after_it_is_lost(tmp_path):
+    samples = write(tmp_path / "a", [sample(i, r"\boxed{4}") for i in range(3)])
+    out = tmp_path / "out.jsonl"
+    assert command(samples, "--out", out).returncode == 0
+    first, second, third = out.read_text().splitlines(keepends=True)
+    out.write_text(first + "{torn\n" + third)
+    done = command(samples, "--out", out)
+    assert done.returncode == 2 and "row 2 is broken" in done.stderr
+    assert out.read_text() == first + "{torn\n" + third
+
+
 @pytest.mark.parametrize("row, word", [
     ("{broken", "samples:2"), ('{"kind": "math"}', "response"),
     (json.dumps(sample(1, "x", kind="essay")), "kind"),
-    (json.dumps(sample(1, "x", kind="code")), "tests"), (json.dumps(sample(1, "x", answer=4)),
-                                                         "answer")])
+    (json.dumps(sample(1, "x", kind="code")), "tests"),
+    (json.dumps(sample(1, "x", answer=4)), "answer"),
+    (json.dumps(sample(1, "x", original=4)), "original")])
 def test_a_broken_row_is_one_line_that_names_it(tmp_path, row, word):
     samples = tmp_path / "samples"
     samples.write_text(json.dumps(sample(0, "4")) + "\n" + row + "\n")

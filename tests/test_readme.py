@@ -15,8 +15,8 @@ def test_the_file_table_names_every_file_with_its_length():
 
 
 def test_every_flag_that_readme_names_exists():
-    known = "".join(run_script(ROOT / name, "-h").stdout for name in ("data.py", "train.py", "sample.py",
-                                                                    "verify.py"))
+    scripts = ("data.py", "train.py", "sample.py", "verify.py")
+    known = "".join(run_script(ROOT / name, "-h").stdout for name in scripts)
     torchrun = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
     named = set(re.findall(r"--[a-z_]+", README)) - torchrun
     assert named and {flag for flag in named if not re.search(rf"{flag}\b", known)} == set()

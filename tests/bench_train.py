@@ -2,7 +2,7 @@
 
     python tests/bench_train.py loss                            # chunked loss, plain cross_entropy
     python tests/bench_train.py step --model DIR --data FILE    # train.py, a transformers loop
-    python tests/bench_train.py blocks                          # one GPU: 32B's blocks, 16,384 tokens
+    python tests/bench_train.py blocks                          # one GPU: 32B's blocks, 16k tokens
 
 Every variant runs in a process of its own, so that its peak memory is its own; variants take turns,
 so that a noisy machine disturbs them alike; the ratios of medians are what to quote. `step` needs
@@ -165,7 +165,8 @@ def table(title, results, base):
           f"{len(results[base])} runs, medians)")
     for name, row in median.items():
         rate = f"{row['rate']:9,.0f} target tokens/s, " if "rate" in row else ""
-        speed = row["rate"] / median[base]["rate"] if rate else median[base]["seconds"] / row["seconds"]
+        speed = (row["rate"] / median[base]["rate"] if rate
+                 else median[base]["seconds"] / row["seconds"])
         print(f"  {name:36} {row['seconds']:7.2f} s, {rate}{row['bytes'] / 2 ** 30:6.2f} GiB;  "
               f"speed x {speed:.2f}, "
               f"memory x {row['bytes'] / median[base]['bytes']:.2f}")
@@ -188,7 +189,8 @@ def blocks_variant(kind, recompute, layers, tokens, steps=6):
                       num_hidden_layers=layers,
                       num_attention_heads=40, num_key_value_heads=8, tie_word_embeddings=False)
         with torch.device("cuda"):
-            model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**fields)).to(torch.bfloat16)
+            model = transformers.Qwen2ForCausalLM(
+                transformers.Qwen2Config(**fields)).to(torch.bfloat16)
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     else:

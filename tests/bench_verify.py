@@ -39,8 +39,8 @@ def score(name, pairs, grade):
         rejects += equal and not verdict
         late += times[-1] >= 5
     right = 100 * (1 - (accepts + rejects) / len(pairs))
-    print(f"{name:12} {len(pairs)} pairs: {right:.1f} % right, {accepts} wrong accepts, {rejects} wrong "
-          f"rejects, {late} late; median {1e3 * statistics.median(times):.3f} ms, mean "
+    print(f"{name:12} {len(pairs)} pairs: {right:.1f} % right, {accepts} wrong accepts, "
+          f"{rejects} wrong rejects, {late} late; median {1e3 * statistics.median(times):.3f} ms, mean "
           f"{1e3 * statistics.mean(times):.3f} ms, {len(pairs) / sum(times):.0f} a second")
     return statistics.median(times), statistics.mean(times)
 

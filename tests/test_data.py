@@ -129,7 +129,8 @@ def test_a_templates_begin_and_end_tokens_are_the_folders_own(tmp_path):
     ids, mask = encode_conversation(tokenizer,
                                     [USER,
                                      {"role": "assistant", "content": "<think>\nhm</think>yes"}])
-    assert tokenizer.decode(ids) == f"<|im_start|>U:{USER['content']}A:<think>\nhm</think>yes<|endoftext|>"
+    assert tokenizer.decode(ids) == (f"<|im_start|>U:{USER['content']}"
+                                     "A:<think>\nhm</think>yes<|endoftext|>")
     assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "hm</think>yes<|endoftext|>"
 
 

@@ -82,7 +82,8 @@ def alone():
 
 @pytest.mark.parametrize("name, dtype, recompute, T", [
     ("wide", "bfloat16", "block", 256), ("deep", "bfloat16", "none", 256),
-    ("tied", "float32", "tiled", 256), *(pytest.param(*case, 1024, marks=pytest.mark.slow) for case in (
+    ("tied", "float32", "tiled", 256),
+    *(pytest.param(*case, 1024, marks=pytest.mark.slow) for case in (
         ("wide", "bfloat16", "tiled"), ("wide", "float32", "none"), ("deep", "bfloat16", "block"),
         ("deep", "float32", "tiled"), ("tied", "bfloat16", "none"), ("tied", "float32", "block")))])
 def test_the_estimate_is_near_the_measured_peak(alone, name, dtype, recompute, T):

@@ -333,7 +333,8 @@ def test_as_published_trains_on_the_originals_end_token(run, model_dir, rows_fil
     status, printed, _ = run("--model", model_dir, "--data", rows_file, "--out", tmp_path / "out",
                              *BASE, "--as_published")
     assert status == 0 and '"duplicates (kept)": 0' in printed
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [256]
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [256]
 
 
 def test_the_default_output_folder_is_a_fresh_one(run, model_dir, rows_file, tmp_path, monkeypatch):
@@ -503,7 +504,8 @@ train.save_checkpoint = limited
 train.data.run(train.main, "")
 """)
     done = run_script(script, *arguments, processes=2, check=False)
-    assert "step-000004" in done.stderr and "then --resume" in done.stderr and ended_with_2(done), done.stderr
+    assert ended_with_2(done), done.stderr
+    assert "step-000004" in done.stderr and "then --resume" in done.stderr
     folder = tmp_path / "out" / "checkpoints"
     assert [p.name for p in folder.iterdir()] == ["step-000002"]
     run_script(ROOT / "train.py", *arguments, "--resume", processes=2)
@@ -545,7 +547,8 @@ def bad_inputs(model_dir, rows_file, tmp_path):
     (tokenizer / "tokenizer.json").unlink()
     truncated = tmp_path / "truncated"
     shutil.copytree(model_dir, truncated)
-    (truncated / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes()[:5000])
+    weights = (model_dir / "model.safetensors").read_bytes()
+    (truncated / "model.safetensors").write_bytes(weights[:5000])
     generation, pointer = tmp_path / "generation", tmp_path / "pointer"
     shutil.copytree(model_dir, generation)
     (generation / "generation_config.json").write_text("[1]")
@@ -590,7 +593,8 @@ def test_bad_input_is_one_line_exit_status_2_and_creates_nothing(run, model_dir,
     status, printed, errors = run("--model", model_dir, "--data", rows_file, "--out", out, *BASE,
                                   *arguments)
     last = errors.splitlines()[-1]
-    assert status == 2 and last.startswith("error: ") and says in last and "Traceback" not in errors, errors
+    assert status == 2 and "Traceback" not in errors, errors
+    assert last.startswith("error: ") and says in last
     assert not out.exists()
 
 
@@ -636,7 +640,8 @@ from model import Qwen2Config, load_weights
 from torch.distributed.device_mesh import init_device_mesh
 
 def anonymous(field):  # KiB; the pages of the file itself are the kernel's to drop
-    return int(next(line for line in open('/proc/self/status') if line.startswith(field)).split()[1]) * 1024
+    lines = open('/proc/self/status')
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 rank, world_size, device = train.start_processes(False)
 args = type('Args', (), dict(recompute='block', offload='none', compile=False, dtype='bfloat16'))
 mesh = init_device_mesh('cpu', (world_size,))

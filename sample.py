@@ -108,15 +108,14 @@ def choose(logits, sampling, keys, counts, seen=None):
     if sampling.top_k:
         score, ids = logits.topk(min(sampling.top_k, V))
     elif not filtered and few_first(logits):
-        score, ids = logits.topk(FIRST)
+        score, ids = logits.topk(FIRST[0])
     else:
         score, ids = logits, torch.arange(V, device=logits.device).expand(B, V)
-    score = score.double()
     if sampling.top_p < 1:
-        p, order = descending(score.softmax(-1), sampling.top_p)
-        ids = ids.gather(-1, order)
-        score = p.log().masked_fill(p.cumsum(-1) - p >= sampling.top_p, -torch.inf)
-    score = score - (-uniform(keys, counts, ids).log()).log()  # Gumbel: -log(-log u)
+        score, order = descending(score.log_softmax(-1), sampling.top_p)
+        ids, p = ids.gather(-1, order), score.double().exp()
+        score = score.masked_fill(p.cumsum(-1) - p >= sampling.top_p, -torch.inf)
+    score = score.double() - (-uniform(keys, counts, ids).log()).log()  # Gumbel: -log(-log u)
     best, place = score.max(-1, keepdim=True)
     chosen = ids.gather(-1, place)[:, 0]
     if not filtered and few_first(logits):
@@ -124,18 +123,18 @@ def choose(logits, sampling, keys, counts, seen=None):
     return chosen
 
 
-FIRST = 1024
+FIRST = (128, 1024)  # a heap finds the first few at once, more of them want a sort
 
 
 def few_first(logits):
     """On a CPU the most likely tokens are tried before the whole vocabulary; on CUDA the question
     whether they are enough would cost a wait."""
-    return logits.device.type == "cpu" and logits.shape[-1] > FIRST
+    return logits.device.type == "cpu" and logits.shape[-1] > FIRST[-1]
 
 
 def beyond_first(chosen, best, logits, first, keys, counts):
     """All tokens but the first enter the race as one; where it wins, it is drawn which. Changes
-    chosen (B,) in place; best (B,) is what the first (B, FIRST) ids ran."""
+    chosen (B,) in place; best (B,) is what the first (B, K) ids ran."""
     rest = logits.scatter(-1, first, -torch.inf)
     # ids that no token has
     names = torch.full_like(first[:, :2], logits.shape[-1]) + torch.arange(2)
@@ -146,17 +145,17 @@ def beyond_first(chosen, best, logits, first, keys, counts):
         chosen[rows] = torch.searchsorted(total, u[rows, 1:] * total[:, -1:], right=True)[:, 0]
 
 
-def descending(probabilities, mass):
-    """(probabilities, ids) from the most likely on, at least as many as it takes for `mass`; equals
-    in the order of their ids."""
-    if few_first(probabilities):
-        top, index = probabilities.topk(FIRST)
+def descending(log_p, mass):
+    """(log p, ids) from the most likely on, at least as many as it takes for `mass`; equals in the
+    order of their ids."""
+    for first in FIRST if few_first(log_p) else ():
+        top, index = log_p.topk(first)
         index, order = index.sort(-1)
         top, order = top.gather(-1, order).sort(descending=True, stable=True)
         # what equals the last may go on beyond the first
-        if ((top * (top > top[:, -1:])).sum(-1) >= mass).all():
+        if ((top.double().exp() * (top > top[:, -1:])).sum(-1) >= mass).all():
             return top, index.gather(-1, order)
-    return probabilities.sort(descending=True, stable=True)
+    return log_p.sort(descending=True, stable=True)
 
 
 # ------------------------------------------------------------------------------------------- engine

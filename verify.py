@@ -1783,6 +1783,8 @@ def run_program(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, without=(), al
                     for key, kind in form.items()) for form in TEST_FORMS):
             raise ValueError(f"test {number} has neither input and output, nor fn_name, args and "
                              "expected, nor assert")
+    if unknown := set(without) - set(LAYERS):
+        raise ValueError(f"{', '.join(sorted(unknown))}: no layer; they are {', '.join(LAYERS)}")
     if not tests:
         return Verdict(False, "no tests", code)
     key = tuple(sorted(without))
@@ -2426,7 +2428,8 @@ def brief(row):
     tokens = row.get("num_tokens")
     reason = re.sub(r" on test \d+$", "", row["reason"])
     return (str(row.get("model") or ""), str(row.get("source", "")), problem_key(row),
-            row["passed"], vote, tokens if isinstance(tokens, int) else None, reason)
+            row["passed"], vote, tokens if isinstance(tokens, int) and tokens < 2 ** 63 else None,
+            reason)
 
 
 def problem_key(row):
@@ -2577,10 +2580,14 @@ def table(rows):
 def input_lines(names):
     """(place, line) of every row of the files; blank lines count for the place only."""
     for name in names:
+        number = 0
         with open(name, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{name}:{number}", line
+            try:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{name}:{number}", line
+            except UnicodeDecodeError as error:
+                raise BadInput(f"{name}: not UTF-8 after line {number} ({error.reason})") from None
 
 
 def resume(out, lines, summary):
@@ -2595,7 +2602,7 @@ def resume(out, lines, summary):
             except ValueError:
                 row = None
             if row is None:
-                if file.readline():
+                if line.endswith(b"\n") or not line.startswith(b"{"):
                     raise BadInput(f"{out}: row {count + 1} is broken; {advice}")
                 break
             if not isinstance(row, dict) or {"kind", "passed", "extracted", "reason"} - row.keys():
@@ -2670,10 +2677,15 @@ def keep(verified, path, per_problem):
     return len(chosen), duplicates, sum(map(len, passing.values())) - len(chosen)
 
 
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(f"{message} (-h explains the flags)")
+
+
 def parse_arguments():
-    """The flags, checked; argparse itself ends with one line and status 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The flags, checked."""
+    parser = OneLineParser(description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", nargs="+", help="files of samples, a JSON object a line")
     parser.add_argument("--out", required=True,
                         help="the samples with passed, extracted and reason, in their order; what "
@@ -2691,8 +2703,8 @@ def parse_arguments():
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     args = parser.parse_args()
     for name in ("per_problem", "timeout", "memory", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            parser.error(f"--{name} is {getattr(args, name)}: more than 0")
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            raise BadInput(f"--{name} is {getattr(args, name)}: more than 0")
     return args
 
 
@@ -2705,16 +2717,24 @@ def main():
     paths = [*args.samples, args.out] + [args.keep] * bool(args.keep)
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise BadInput("samples, --out and --keep must be different files")
+    for path in paths:
+        if os.path.isdir(path):
+            raise BadInput(f"{path} is a folder: name a file")
     summary, lines = Summary(), input_lines(args.samples)
     done = resume(args.out, lines, summary) if os.path.exists(args.out) else 0
     if done:
         print(f"{args.out}: {done} rows are verified already", file=sys.stderr)
     options = {"timeout": args.timeout, "memory": args.memory, "allow_unsafe": args.allow_unsafe}
-    told = False
+    results = verified_lines(lines, args.workers, options)
+    head, told = list(itertools.islice(results, 1)), False  # rows that are refused create nothing
+    if not head and not done:
+        raise BadInput(f"{', '.join(args.samples)}: no samples")
+    for path in paths:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(args.out, "a", encoding="utf-8", errors="surrogatepass") as out, tqdm(
             initial=done, unit=" samples", disable=None) as progress:
         passed = 0
-        for line, facts, confined in verified_lines(lines, args.workers, options):
+        for line, facts, confined in itertools.chain(head, results):
             if confined and not told:
                 told = True
                 print("programs are confined by " + ", ".join(confined["active"]) + (
@@ -2745,8 +2765,10 @@ if __name__ == "__main__":
         try:
             from tqdm import tqdm  # the command alone needs it
             main()
-        except (BadInput, OSError, RuntimeError, UnicodeDecodeError) as error:
-            print(f"verify.py: {error}", file=sys.stderr)
+        except (BadInput, OSError, RuntimeError) as error:
+            if getattr(error, "filename", None):
+                error = f"{error.filename}: {error.strerror}"
+            print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)

@@ -346,6 +346,30 @@ def test_another_runs_file_is_refused_and_left_alone(tmp_path):
     assert out.read_bytes() == before
 
 
+@pytest.mark.parametrize("text", ["import os\nprint(1)\n", "notes", "{broken}\n"])
+def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, text):
+    out = tmp_path / "precious.py"
+    out.write_text(text)
+    done = command(write(tmp_path / "a", [sample(1, "4")]), "--out", out)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1 and out.read_text() == text
+
+
+def test_what_is_refused_creates_nothing(tmp_path):
+    broken, out, kept = tmp_path / "broken", tmp_path / "out", tmp_path / "kept"
+    broken.write_text("{")
+    (tmp_path / "empty").touch()
+    (tmp_path / "folder").mkdir()
+    good = write(tmp_path / "good", [sample(1, "4")])
+    before = sorted(tmp_path.iterdir())
+    for arguments in ((broken, "--out", out, "--keep", kept), (tmp_path / "empty", "--out", out),
+                      (good, "--out", out, "--keep", tmp_path / "folder"), (good,),
+                      (good, "--out", out, "--timeout", "nan"), (good, "--out", out, "--odd")):
+        done = command(*arguments)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith("error: ") and sorted(tmp_path.iterdir()) == before
+
+
 def test_a_line_broken_in_the_middle_is_refused_and_nothing_after_it_is_lost(tmp_path):
     samples = write(tmp_path / "a", [sample(i, r"\boxed{4}") for i in range(3)])
     out = tmp_path / "out.jsonl"

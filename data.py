@@ -111,7 +111,7 @@ class Tokenizer:
 
     def encode(self, text):
         """Token ids of a text; special tokens written in it are recognised, none is added."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(check_text(text, "the text"), add_special_tokens=False).ids
 
     def encode_batch(self, texts):
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -229,8 +229,10 @@ def render_chat(messages, add_generation_prompt=False, template=None, bos_token=
             return compiled_template(template).render(
                 messages=messages, add_generation_prompt=add_generation_prompt,
                 bos_token=bos_token, eos_token=eos_token)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program: whatever it raises
             raise ValueError(f"the chat template fails on these messages: {error}") from None
+    if not messages:
+        raise ValueError("a conversation needs a message")
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": QWEN_DEFAULT_SYSTEM}, *messages]
     for message in messages:
@@ -1056,7 +1058,7 @@ def tokenize(sources, tokenizer, end_token, system, folder, quiet):
     try:
         with (open(aside / "tokens.bin", "wb") as tokens, open(aside / "mask.bin", "wb") as masks,
               open(aside / "rows.npy", "wb") as index,
-              tqdm(desc="tokenising", unit=" rows", disable=quiet) as bar):
+              tqdm(desc="tokenising", unit=" rows", disable=quiet or None) as bar):
             rows, total = [], 0
             segmented = segmented_rows(sources, tokenizer, end_token, system)
             while batch := list(itertools.islice(segmented, 256)):
@@ -1252,8 +1254,11 @@ class Benchmark:
 def decontaminate(names, against, out, size, shown=5):
     """Copies training rows, or problems, whose questions share no n-gram with the benchmark's, and
     prints what was dropped, the worst first (the method of open-r1)."""
+    if Path(out).is_dir() or Path(out).resolve() in [Path(n).resolve() for n in (*names, *against)]:
+        raise ValueError(f"--out {out} is a folder or an input: name another file")
     benchmark, counts, worst = Benchmark(against, size), Counter(), []
     aside = Path(f"{out}.new")
+    aside.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(aside, "w", encoding="utf-8") as file:
             for row, where, share, problem in compared(names, benchmark):
@@ -1327,6 +1332,11 @@ def print_packing(rows, config, args):
           f"{used / room:.1%} (no padding is computed), cost max/mean {np.mean(excess):.3f}")
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message} (-h explains the flags)")
+
+
 def one_line_errors(main):
     """Runs a script's main: what a user can get wrong ends in one line on stderr and exit status
     2. Of an error that all ranks raise (`everywhere`) rank 0 alone speaks."""
@@ -1372,8 +1382,8 @@ def run(main, when_out_of_memory):
 
 def main():
     """Prints counts, lengths, packing and one row of the data that the flags name."""
-    parser = argparse.ArgumentParser(description="Shows what train.py will see of some data, or "
-                                                 "with --decontaminate drops what evaluations ask.")
+    parser = ArgumentParser(description="Shows what train.py will see of some data, or with "
+                                        "--decontaminate drops what evaluations ask.")
     add = parser.add_argument
     add("data", nargs="*", help="files, hub data sets or builtin:...")
     add("--decontaminate", nargs="+",

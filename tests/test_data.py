@@ -137,6 +137,7 @@ def test_a_templates_begin_and_end_tokens_are_the_folders_own(tmp_path):
 @pytest.mark.parametrize("template, says",
                          [("{% for m in %}", "the chat template fails"),
                           ("{{ nothing.x }}", "the chat template fails"),
+                          ("{{ messages[0].content + 1 }}", "the chat template fails"),
                           ("{% for m in messages %}{{ m.content }}{% endfor %}",
                            "add_generation_prompt")])
 def test_a_template_that_cannot_work_is_refused(template, says):
@@ -941,6 +942,18 @@ def test_rows_that_ask_a_benchmarks_problem_are_dropped_and_counted(tmp_path, mo
     printed = capsys.readouterr().out
     assert "rows: 5" in printed and "kept: 2" in printed and "like bench: 3" in printed
     assert printed.splitlines()[1].startswith("100.0%")
+
+
+def test_a_refused_decontamination_leaves_everything_as_it_was(tmp_path):
+    rows, broken = tmp_path / "rows.jsonl", tmp_path / "broken.jsonl"
+    rows.write_text(json.dumps({"problem": "one two three four", "answer": "5"}) + "\n")
+    broken.write_text(rows.read_text() + "{\n")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for names, out in (([broken], "out"), ([tmp_path / "none.jsonl"], "out"), ([rows], "rows.jsonl"),
+                       ([rows], ".")):
+        with pytest.raises((ValueError, OSError)):
+            data.decontaminate(names, [rows], tmp_path / out, 8)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_shared_grams_are_those_that_brute_force_finds():

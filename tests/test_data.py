@@ -952,7 +952,7 @@ def test_a_refused_decontamination_leaves_everything_as_it_was(tmp_path):
     for names, out in (([broken], "out"), ([tmp_path / "none.jsonl"], "out"), ([rows], "rows.jsonl"),
                        ([rows], ".")):
         with pytest.raises((ValueError, OSError)):
-            data.decontaminate(names, [rows], tmp_path / out, 8)
+            data.decontaminate(list(map(str, names)), [str(rows)], tmp_path / out, 8)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

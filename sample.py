@@ -11,11 +11,9 @@ of another batch may differ in their last bits, which hardly ever changes a draw
 choose); in bf16 this holds for one number of slots.
 """
 import argparse
-import concurrent.futures
 import fcntl
 import hashlib
 import http.client
-import itertools
 import json
 import math
 import os
@@ -28,8 +26,10 @@ import urllib.error
 import urllib.request
 from array import array
 from collections import deque
+from concurrent import futures
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -223,8 +223,7 @@ class Engine:
         """Reads a prompt into a slot, or copies it from another, and chooses its first token."""
         prompt, T = tuple(request.prompt), len(request.prompt)
         ids = torch.tensor(request.prompt, device=self.device)
-        source = next((i for i, known in enumerate(self.prompts) if known and known[0] == prompt),
-                      None)
+        source = next((i for i, old in enumerate(self.prompts) if old and old[0] == prompt), None)
         if source is None:
             logits = self.cache.prefill(self.model, ids, slot)
         else:
@@ -242,9 +241,9 @@ class Engine:
 
     def draw(self, logits, rows):
         """Chooses the next tokens of a slice of the slots."""
+        keys, counts = self.keys[rows], self.counts[rows]
         seen = None if self.seen is None else self.seen[rows]
-        self.input_ids[rows] = choose(logits, self.sampling, self.keys[rows], self.counts[rows],
-                                      seen)
+        self.input_ids[rows] = choose(logits, self.sampling, keys, counts, seen)
         self.counts[rows] += 1
 
     def take(self, slot, token):
@@ -566,18 +565,16 @@ class SampleFile:
         if self.path.exists() and not self.path.is_file():
             raise ValueError(f"{self.path} is no file: name another --out")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(f"{self.path}.settings.json")
-        self.lock = open(beside, "a+", encoding="utf-8")
+        self.lock = open(f"{self.path}.settings.json", "a+", encoding="utf-8")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{self.path} is being written by another run") from None
         self.lock.seek(0)
         try:
-            before = json.loads(self.lock.read() or "null")
-        except ValueError:
-            before = None
-        before = before if isinstance(before, dict) else {}
+            before = dict(json.loads(self.lock.read() or "{}"))
+        except (ValueError, TypeError):  # no settings: as if there were none
+            before = {}
         if before != settings and any(path.stat().st_size for path in (self.path, *self.parts())
                                       if path.is_file()):
             changed = [name for name in settings if before.get(name) != settings[name]]
@@ -729,16 +726,14 @@ class Endpoint:
         have answered; refused requests do so if they are most, else are told at the end."""
         start, tokens, answered, refused = time.monotonic(), 0, 0, []
         jobs, pending, error = iter(jobs), set(), None
-        with concurrent.futures.ThreadPoolExecutor(self.args.concurrency) as threads:
+        with futures.ThreadPoolExecutor(self.args.concurrency) as threads:
             while True:
                 room = 0 if error else self.args.concurrency - len(pending)
-                pending |= {threads.submit(self.answer, job)
-                            for job in itertools.islice(jobs, room)}
+                pending |= {threads.submit(self.answer, job) for job in islice(jobs, room)}
                 if not pending:
                     break
                 try:
-                    finished, pending = concurrent.futures.wait(
-                        pending, return_when=concurrent.futures.FIRST_COMPLETED)
+                    finished, pending = futures.wait(pending, return_when=futures.FIRST_COMPLETED)
                 except KeyboardInterrupt as interrupt:
                     if error:
                         os._exit(130)
@@ -1086,7 +1081,7 @@ def chat(args, model, tokenizer, stop_ids):
 
 
 def load(args, rank, device):
-    """Model, tokenizer and the ids that end an answer: end of turn, and generation_config.json's."""
+    """Model, tokenizer, and the ids that end an answer: end of turn, generation_config.json's."""
     folder = data.find_model(args.model)
     tokenizer = data.load_tokenizer(folder)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
@@ -1192,7 +1187,7 @@ def benchmark_defaults(args):
 
 
 def read_samples(path):
-    """The rows to rewrite, without verdicts; ValueError that names file and line of what is none."""
+    """The rows to rewrite, without verdicts; ValueError that names file and line of others."""
     for row, line in data.read_rows(Path(path)):
         missing = [name for name in ("source", "id", "response") if name not in row]
         if missing or not isinstance(row["response"], str):
@@ -1218,7 +1213,7 @@ def chosen_problems(args, rank):
 
 
 def start_processes(args):
-    """(rank, number of processes, device, store) of this process under torchrun, or alone."""
+    """(rank, device, store) of this process under torchrun; alone the store is None."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
@@ -1226,13 +1221,13 @@ def start_processes(args):
         raise ValueError(f"--tensor_parallel {args.tensor_parallel} wants as many processes: "
                          f"torchrun --nproc_per_node={args.tensor_parallel}")
     if world_size == 1:
-        return rank, world_size, device, None
+        return rank, device, None
     if cuda:
         torch.cuda.set_device(device)
     store, _, _ = next(dist.rendezvous("env://"))
     dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store),
                             rank=rank, world_size=world_size, timeout=timedelta(hours=4))
-    return rank, world_size, device, store
+    return rank, device, store
 
 
 def rewrite_by_rule(args):
@@ -1249,10 +1244,10 @@ def rewrite_by_rule(args):
 def main():
     """Who answers, what is asked, and then the run; without problems a chat."""
     args = parse_arguments()
-    rank, world_size, device, store = start_processes(args)
+    rank, device, store = start_processes(args)
     if args.rewrite and args.rewriter == "rule":
         return rewrite_by_rule(args) if rank == 0 else None
-    barrier = dist.barrier if world_size > 1 else lambda: None
+    barrier = dist.barrier if store else lambda: None
     args.dtype = args.dtype or ("bfloat16" if device != "cpu" else "float32")
     args.system = args.system or ("skyt1" if args.problems else "none")
     if args.max_new_tokens is None:

@@ -1,5 +1,4 @@
-"""Generation: chat, teacher samples and evaluation runs, with a static cache and continuous
-batching.
+"""Generation: chat, teacher samples, evaluation runs; a static cache and continuous batching.
 
     python sample.py --model DIR                                          # chat in the terminal
     python sample.py --model DIR --prompt "What is 2+2?"                  # one answer
@@ -12,11 +11,9 @@ of another batch may differ in their last bits, which hardly ever changes a draw
 choose); in bf16 this holds for one number of slots.
 """
 import argparse
-import concurrent.futures
 import fcntl
 import hashlib
 import http.client
-import itertools
 import json
 import math
 import os
@@ -29,8 +26,10 @@ import urllib.error
 import urllib.request
 from array import array
 from collections import deque
+from concurrent import futures
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -40,11 +39,17 @@ from tqdm import tqdm
 
 import data
 from data import TAGS
-from model import KeyValueCache, Qwen2, Qwen2Config, open_safetensors, rotate, weight_files
+from model import (KeyValueCache, Qwen2, Qwen2Config, open_safetensors, rotate, weight_files,
+                   write_durably)
 
 SLOTS = {"cpu": 16, "cuda": 64}     # rows of a batch, where memory has room for so many
 INTERVAL = {"cpu": 1, "cuda": 16}   # steps between looks at the tokens: on CUDA each look waits
 LENGTH_STEP = {"cpu": 64, "cuda": 512}  # the cache is read up to a multiple of this
+FIRST = (128, 1024)                 # tokens tried before all others (few_first)
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32)
+VERDICT_FIELDS = ("passed", "extracted", "reason")
+RESULT_FIELDS = ("sample", "response", "finish_reason", "num_tokens", "model", "original",
+                 *VERDICT_FIELDS)
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -68,8 +73,7 @@ def stream_key(seed, stream):
 
 
 def mixed(z):
-    """SplitMix64's output function (Steele et al., OOPSLA 2014) of int64 numbers: integers only, so
-    the same on every device."""
+    """SplitMix64's output function (Steele et al., OOPSLA 2014) of int64: alike on every device."""
     def shifted(z, bits):  # logical: int64 shifts copy the sign
         return (z >> bits) & ((1 << (64 - bits)) - 1)
     z = (z ^ shifted(z, 30)) * -0x40A7B892E31B1A47
@@ -97,17 +101,16 @@ def choose(logits, sampling, keys, counts, seen=None):
     B, V = logits.shape
     if sampling.num_ids is not None and sampling.num_ids < V:
         logits[:, sampling.num_ids:] = -torch.inf
-    if sampling.repetition_penalty != 1.0:  # arXiv 1909.05858, as transformers has it
-        penalised = torch.where(logits > 0, logits / sampling.repetition_penalty,
-                                logits * sampling.repetition_penalty)
+    if (penalty := sampling.repetition_penalty) != 1.0:  # arXiv 1909.05858, as transformers has it
+        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, penalised, logits)
     if sampling.temperature == 0:
         return logits.max(-1).indices  # on a CPU faster than argmax
     logits = logits / sampling.temperature
-    filtered = sampling.top_k or sampling.top_p < 1
+    first_tried = not sampling.top_k and sampling.top_p >= 1 and few_first(logits)
     if sampling.top_k:
         score, ids = logits.topk(min(sampling.top_k, V))
-    elif not filtered and few_first(logits):
+    elif first_tried:
         score, ids = logits.topk(FIRST[0])
     else:
         score, ids = logits, torch.arange(V, device=logits.device).expand(B, V)
@@ -118,12 +121,9 @@ def choose(logits, sampling, keys, counts, seen=None):
     score = score.double() - (-uniform(keys, counts, ids).log()).log()  # Gumbel: -log(-log u)
     best, place = score.max(-1, keepdim=True)
     chosen = ids.gather(-1, place)[:, 0]
-    if not filtered and few_first(logits):
+    if first_tried:
         beyond_first(chosen, best[:, 0], logits, ids, keys, counts)
     return chosen
-
-
-FIRST = (128, 1024)  # a heap finds the first few at once, more of them want a sort
 
 
 def few_first(logits):
@@ -136,9 +136,8 @@ def beyond_first(chosen, best, logits, first, keys, counts):
     """All tokens but the first enter the race as one; where it wins, it is drawn which. Changes
     chosen (B,) in place; best (B,) is what the first (B, K) ids ran."""
     rest = logits.scatter(-1, first, -torch.inf)
-    # ids that no token has
-    names = torch.full_like(first[:, :2], logits.shape[-1]) + torch.arange(2)
-    u = uniform(keys, counts, names)
+    B, V = logits.shape
+    u = uniform(keys, counts, torch.arange(V, V + 2).expand(B, 2))  # of ids that no token has
     rows = (rest.logsumexp(-1).double() - (-u[:, 0].log()).log() > best).nonzero()[:, 0]
     if len(rows):
         total = rest[rows].double().softmax(-1).cumsum(-1)
@@ -146,8 +145,7 @@ def beyond_first(chosen, best, logits, first, keys, counts):
 
 
 def descending(log_p, mass):
-    """(log p, ids) from the most likely on, at least as many as it takes for `mass`; equals in the
-    order of their ids."""
+    """(log p, ids) from the most likely on, equal ones by id; enough for `mass`, or all."""
     for first in FIRST if few_first(log_p) else ():
         top, index = log_p.topk(first)
         index, order = index.sort(-1)
@@ -204,11 +202,10 @@ class Engine:
 
     @torch.inference_mode()
     def run(self, requests):
-        """Yields (request, finish reason) as they finish: "stop", or "length". The stop token is
-        not among request.tokens."""
+        """Yields (request, "stop" or "length") as they finish; the stop token is not in .tokens."""
         requests = iter(requests)
         while True:
-            for slot, row in enumerate(self.rows):
+            for slot in range(len(self.rows)):
                 while self.rows[slot] is None and (request := next(requests, None)) is not None:
                     yield from self.admit(request, slot)
             active = [slot for slot, row in enumerate(self.rows) if row is not None]
@@ -222,14 +219,11 @@ class Engine:
                 self.close_gaps()
 
     def admit(self, request, slot):
-        """Reads a prompt into a slot, or copies it from a slot that begins with it, and chooses its
-        first token."""
-        T = len(request.prompt)
-        prompt = tuple(request.prompt)
-        source = next((i for i, known in enumerate(self.prompts) if known and known[0] == prompt),
-                      None)
+        """Reads a prompt into a slot, or copies it from another, and chooses its first token."""
+        prompt, T = tuple(request.prompt), len(request.prompt)
+        ids = torch.tensor(request.prompt, device=self.device)
+        source = next((i for i, old in enumerate(self.prompts) if old and old[0] == prompt), None)
         if source is None:
-            ids = torch.tensor(request.prompt, device=self.device)
             logits = self.cache.prefill(self.model, ids, slot)
         else:
             logits = self.prompts[source][1]
@@ -238,15 +232,18 @@ class Engine:
         self.prompts[slot], self.rows[slot] = (prompt, logits), request
         self.keys[slot] = stream_key(self.sampling.seed, request.stream)
         self.counts[slot], self.positions[slot], self.live[slot] = 0, T, 1
-        row = slice(slot, slot + 1)
         if self.seen is not None:
             self.seen[slot] = False
-            self.seen[slot, torch.tensor(request.prompt, device=self.device)] = True
-        token = choose(logits[None].clone(), self.sampling, self.keys[row], self.counts[row],
-                       None if self.seen is None else self.seen[row])
-        self.input_ids[slot] = token[0]
-        self.counts[slot] += 1
-        yield from self.take(slot, int(token))
+            self.seen[slot, ids] = True
+        self.draw(logits[None].clone(), slice(slot, slot + 1))
+        yield from self.take(slot, int(self.input_ids[slot]))
+
+    def draw(self, logits, rows):
+        """Chooses the next tokens of a slice of the slots."""
+        keys, counts = self.keys[rows], self.counts[rows]
+        seen = None if self.seen is None else self.seen[rows]
+        self.input_ids[rows] = choose(logits, self.sampling, keys, counts, seen)
+        self.counts[rows] += 1
 
     def take(self, slot, token):
         """Gives a row its next token; yields the row if that was its last."""
@@ -293,17 +290,14 @@ class Engine:
     def step(self, B, length):
         """One token for each of the first B slots, from and into the engine's tensors."""
         logits = self.cache.decode(self.model, self.input_ids[:B], self.positions[:B], length)
-        token = choose(logits, self.sampling, self.keys[:B], self.counts[:B],
-                       None if self.seen is None else self.seen[:B])
-        self.input_ids[:B] = token
+        self.draw(logits, slice(B))
         self.positions[:B] += self.live[:B]
-        self.counts[:B] += 1
 
     def captured(self, B, length):
-        """The step as a CUDA graph: one launch a token. Its shapes are B and length, its tensors
-        the engine's."""
+        """The step as a CUDA graph: one launch a token, for these shapes."""
         if (B, length) not in self.graphs:
-            state = [t.clone() for t in (self.input_ids, self.positions, self.counts)]
+            changed = self.input_ids, self.positions, self.counts
+            before = [tensor.clone() for tensor in changed]
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -313,15 +307,13 @@ class Engine:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):  # one for all: none outlives its step
                 self.step(B, length)
-            for tensor, before in zip((self.input_ids, self.positions, self.counts), state,
-                                      strict=True):
-                tensor.copy_(before)
+            for tensor, value in zip(changed, before, strict=True):
+                tensor.copy_(value)
             self.graphs[B, length] = graph
         return self.graphs[B, length].replay
 
     def close_gaps(self):
-        """Moves the last rows into the slots of finished ones, so that the batch is the first
-        rows."""
+        """Moves the last rows into the slots of finished ones: a batch is the first rows."""
         occupied = [slot for slot, row in enumerate(self.rows) if row is not None]
         for target in range(len(occupied)):
             if self.rows[target] is None:
@@ -342,8 +334,7 @@ def cells_of(length, device_type):
 
 
 def free_memory(device):
-    """Bytes that this process may still take: of the GPU, or its share of the host's (or of its
-    control group's)."""
+    """Bytes that this process may still take: of the GPU, or of its host's or control group's."""
     if torch.device(device).type == "cuda":
         return 0.9 * torch.cuda.mem_get_info(device)[0]
     free, group = [], Path("/sys/fs/cgroup")
@@ -367,16 +358,17 @@ def check_weights_fit(config, dtype, device, ranks):
     blocks = config.matmul_parameters - embeddings
     free, gib = free_memory(device), 2 ** 30
     wanted = (blocks / ranks + whole) * dtype.itemsize
-    if wanted > free:
+    if wanted <= free:
+        return
+    remedies = ["--dtype bfloat16"] * (dtype == torch.float32 and wanted / 2 < free)
+    if torch.device(device).type == "cuda":
         enough = [n for n in (2, 4, 8, 16) if n > ranks and config.num_key_value_heads % n == 0
                   and (blocks / n + whole) * dtype.itemsize < free]
-        remedies = ["--dtype bfloat16"] * (dtype == torch.float32 and wanted / 2 < free)
-        if torch.device(device).type == "cuda":
-            remedies += [f"--tensor_parallel {enough[0]}"] * bool(enough)
-        raise ValueError(f"the weights take {wanted / gib:.1f} GiB, {device} has {free / gib:.1f} "
-                         f"free: {(wanted - free) / gib:.1f} are missing; "
-                         + (" or ".join(remedies) + " would fit" if remedies
-                            else "take a smaller model or an --endpoint"))
+        remedies += [f"--tensor_parallel {n}" for n in enough[:1]]
+    remedy = (" or ".join(remedies) + " would fit" if remedies
+              else "take a smaller model or an --endpoint")
+    raise ValueError(f"the weights take {wanted / gib:.1f} GiB, {device} has {free / gib:.1f} "
+                     f"free: {(wanted - free) / gib:.1f} are missing; {remedy}")
 
 
 def plan_slots(model, length, max_batch_tokens=None, most=None):
@@ -384,8 +376,7 @@ def plan_slots(model, length, max_batch_tokens=None, most=None):
     free. Raises ValueError that says how much is missing."""
     config, parameter = model.config, next(model.parameters())
     heads = getattr(model, "num_key_value_heads", config.num_key_value_heads)
-    token_bytes = (2 * config.num_hidden_layers * heads * config.head_dim
-                   * parameter.element_size())
+    token_bytes = 2 * config.num_hidden_layers * heads * config.head_dim * parameter.dtype.itemsize
     most = most or SLOTS[parameter.device.type]
     if max_batch_tokens is None:
         # a row's logits, probabilities, their order and sums, mostly in float64; a prompt's MLP
@@ -414,9 +405,9 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0
         if not len(prompt):
             raise ValueError(f"prompt {i} has no token")
         if len(prompt) + max_new_tokens > model.config.max_position_embeddings:
-            raise ValueError(f"prompt {i} has {len(prompt):,} tokens: with {max_new_tokens:,} new "
-                             f"ones that is more than the model's "
-                             f"{model.config.max_position_embeddings:,} positions")
+            raise ValueError(
+                f"prompt {i} has {len(prompt):,} tokens: with {max_new_tokens:,} new ones that is "
+                f"more than the model's {model.config.max_position_embeddings:,} positions")
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
     length = max(map(len, prompts)) + max_new_tokens
@@ -451,8 +442,7 @@ class Packed(torch.nn.Module):
 def fuse(model):
     """One product for q, k and v, and one for gate and up, and one rotation: fewer, larger calls.
     The parameters become views of the joined weights, so that nothing is stored twice. In bf16 on a
-    CPU weights are `Packed` and the parameters let go; a tied head is then stored beside the
-    embedding."""
+    CPU weights are `Packed` and the parameters let go; a tied head is then stored twice."""
     parameter = next(model.parameters())
     packs = (parameter.device.type == "cpu" and parameter.dtype == torch.bfloat16
              and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -523,8 +513,8 @@ def load_split(model_dir, dtype, device, rank, world_size):
     if missing := [name for name, _ in model.named_parameters() if name not in files]:
         raise ValueError(f"{model_dir} lacks the weights {', '.join(missing[:3])}")
     for name, parameter in list(model.named_parameters()):
-        axis = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0 if re.search(
-            r"(q|k|v|gate|up)_proj\.", name) else None
+        axis = (1 if name.endswith(("o_proj.weight", "down_proj.weight"))
+                else 0 if re.search(r"(q|k|v|gate|up)_proj\.", name) else None)
         with open_safetensors(files[name]) as file:
             source = file.get_slice(name)
             if source.get_shape() != list(parameter.shape):
@@ -535,8 +525,8 @@ def load_split(model_dir, dtype, device, rank, world_size):
                 part = parameter.shape[axis] // world_size
                 index[axis] = slice(rank * part, (rank + 1) * part)
             value = source[tuple(index)].to(device, dtype)
-        module = model.get_submodule(name.rpartition(".")[0])
-        setattr(module, name.rpartition(".")[2], torch.nn.Parameter(value, requires_grad=False))
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, torch.nn.Parameter(value, requires_grad=False))
     for block in model.model.layers:
         block.self_attn.o_proj = Reduced(block.self_attn.o_proj)
         block.mlp.down_proj = Reduced(block.mlp.down_proj)
@@ -557,7 +547,7 @@ class SampleFile:
         self.path, self.rank, self.barrier = Path(path), rank, barrier
         if rank == 0:
             self.check(settings)
-            self.merge(None)
+            self.merge()
         barrier()
         # of each sample that is there, what was asked
         self.done = {sample_key(row): row.get("prompt") for row in self.read(self.path)}
@@ -566,26 +556,24 @@ class SampleFile:
         self.file = open(own, "a", encoding="utf-8")
 
     def parts(self):
-        return [path for path in sorted(self.path.parent.iterdir()) if path.name.startswith(
-            self.path.name) and re.fullmatch(r"\.part\d+", path.name[len(self.path.name):])]
+        name = re.escape(self.path.name) + r"\.part\d+"
+        return sorted(path for path in self.path.parent.iterdir() if re.fullmatch(name, path.name))
 
     def check(self, settings):
         """Takes the lock, and refuses a file that another run writes or of other settings."""
         if self.path.exists() and not self.path.is_file():
             raise ValueError(f"{self.path} is no file: name another --out")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(f"{self.path}.settings.json")
-        self.lock = open(beside, "a+", encoding="utf-8")
+        self.lock = open(f"{self.path}.settings.json", "a+", encoding="utf-8")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{self.path} is being written by another run") from None
         self.lock.seek(0)
         try:
-            before = json.loads(self.lock.read() or "null")
-        except ValueError:
-            before = None
-        before = before if isinstance(before, dict) else {}
+            before = dict(json.loads(self.lock.read() or "{}"))
+        except (ValueError, TypeError):  # no settings: as if there were none
+            before = {}
         if before != settings and any(path.stat().st_size for path in (self.path, *self.parts())
                                       if path.is_file()):
             changed = [name for name in settings if before.get(name) != settings[name]]
@@ -614,22 +602,19 @@ class SampleFile:
                     raise ValueError(f"{path}: a broken row ({error}): mend or delete it") from None
             file.truncate(end)
 
-    def merge(self, order):
-        """Adds the other processes' parts; with the order of all samples, sorts by it. Returns how
-        many there are."""
+    def merge(self, order=None):
+        """Adds the other processes' parts; with the order of all samples, sorts by it."""
         parts = self.parts()
         if not parts and order is None:
             return
         rows = {sample_key(row): row for path in (self.path, *parts) for row in self.read(path)}
         keys = dict.fromkeys(key for key in (*(order or ()), *rows) if key in rows)
-        write_aside(self.path, "".join(json.dumps(rows[key], ensure_ascii=False) + "\n"
-                                       for key in keys))
+        write_durably(self.path, (line_of(rows[key]).encode() for key in keys))
         for part in parts:
             part.unlink()
 
     def left(self, jobs):
-        """The jobs that are not done; ValueError if a sample of their name answers another prompt,
-        or two of them have one name."""
+        """The jobs not done yet; ValueError for two of one name, or another question's answer."""
         names = set()
         for job in jobs:
             name = sample_key(job.row)
@@ -644,7 +629,7 @@ class SampleFile:
 
     def add(self, row):
         try:
-            self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self.file.write(line_of(row))
             self.file.flush()
         except OSError as error:
             raise ValueError(f"{self.file.name}: {error.strerror}: what is there is kept, the same "
@@ -662,13 +647,8 @@ def sample_key(row):
     return row["source"], row["id"], row.get("sample", 0)
 
 
-def write_aside(path, text):
-    aside = Path(f"{path}.new")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+def line_of(row):
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 # ------------------------------------------------------------------------------------- who answers
@@ -692,9 +672,7 @@ class Local:
         """Yields (job, text, finish reason, tokens) as they finish; told(tokens a second)."""
         args, tokenizer = self.args, self.tokenizer
         length = max(len(self.prompt(job)) for job in jobs) + args.max_new_tokens  # reads all once
-        slots = plan_slots(self.model, length, args.max_batch_tokens, args.max_slots)
-        engine = Engine(self.model, slots, length, sampling_of(args, tokenizer), self.stop_ids,
-                        stops_on(tokenizer, args.stop))
+        engine = engine_of(args, self.model, tokenizer, self.stop_ids, length, args.max_slots)
         forced = think_limits(args, tokenizer)
         requests = (Request(self.prompt(job), job.stream, args.max_new_tokens, job, forced())
                     for job in share(jobs, self.store))
@@ -705,11 +683,16 @@ class Local:
             yield request.tag, text, reason, len(request.tokens)
 
     def prompt(self, job):
+        """The token ids of a job's prompt; ValueError if they leave no room for the answer."""
         text = self.tokenizer.render(job.messages, add_generation_prompt=True)
         if text not in self.prompts:
-            prompt = self.tokenizer.encode(text)
-            check_fits(prompt, self.args, self.model.config, f"problem {job.row['id']}")
-            self.prompts[text] = array("i", prompt)
+            ids, new = self.tokenizer.encode(text), self.args.max_new_tokens
+            most = self.model.config.max_position_embeddings
+            if len(ids) + new > most:
+                raise ValueError(
+                    f"problem {job.row['id']} has {len(ids):,} tokens: with --max_new_tokens "
+                    f"{new:,} that is more than the model's {most:,} positions")
+            self.prompts[text] = array("i", ids)
         return self.prompts[text].tolist()
 
 
@@ -739,20 +722,17 @@ class Endpoint:
 
     def answers(self, jobs, told):
         """As Local.answers, --concurrency requests at a time. An error ends all, after what others
-        have answered; requests that are refused do so if they are most, else are told at the
-        end."""
+        have answered; refused requests do so if they are most, else are told at the end."""
         start, tokens, answered, refused = time.monotonic(), 0, 0, []
         jobs, pending, error = iter(jobs), set(), None
-        with concurrent.futures.ThreadPoolExecutor(self.args.concurrency) as threads:
+        with futures.ThreadPoolExecutor(self.args.concurrency) as threads:
             while True:
                 room = 0 if error else self.args.concurrency - len(pending)
-                for job in itertools.islice(jobs, room):
-                    pending.add(threads.submit(self.answer, job))
+                pending |= {threads.submit(self.answer, job) for job in islice(jobs, room)}
                 if not pending:
                     break
                 try:
-                    finished, pending = concurrent.futures.wait(
-                        pending, return_when=concurrent.futures.FIRST_COMPLETED)
+                    finished, pending = futures.wait(pending, return_when=futures.FIRST_COMPLETED)
                 except KeyboardInterrupt as interrupt:
                     if error:
                         os._exit(130)
@@ -794,8 +774,7 @@ class Endpoint:
             choice = reply["choices"][0]
             message, reason = choice["message"], choice.get("finish_reason")
             # a server may split the thought off; what was cut inside it has no content
-            text = "\n\n".join(filter(None, (message.get("reasoning_content"),
-                                             message["content"])))
+            text = "\n\n".join(filter(None, (message.get("reasoning_content"), message["content"])))
             text = text.encode("utf-8", "replace").decode()  # a lone half of a character
             tokens = (reply.get("usage") or {}).get("completion_tokens")
             tokens = tokens if isinstance(tokens, int) else None
@@ -805,8 +784,7 @@ class Endpoint:
         return job, cut(text, args.stop), "length" if reason == "length" else "stop", tokens
 
     def post(self, body):
-        """The server's JSON; a busy, failing or silent one is asked again, at growing
-        intervals."""
+        """The server's JSON; a busy, failing or silent one is asked again at growing intervals."""
         request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)
         for wait in (*RETRY_SECONDS, None):
             asked = 0
@@ -836,9 +814,6 @@ def said(error):
         return error.read(300).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):
         return ""
-
-
-RETRY_SECONDS = (1, 2, 4, 8, 16, 32)
 
 
 # ----------------------------------------------------------------------------------- what is asked
@@ -877,12 +852,15 @@ The problem:
 """
 
 
+def system_turns(system):
+    """A conversation's start: the system prompt of a name, or that text; nothing for none."""
+    text = None if system == "none" else data.SYSTEM_PROMPTS.get(system, system)
+    return [{"role": "system", "content": text}] if text else []
+
+
 def messages_of(problem, system):
-    """The conversation that asks a problem: the recipe's prompts; system is a name, a text or
-    none."""
-    system = None if system == "none" else data.SYSTEM_PROMPTS.get(system, system)
-    turns = [{"role": "system", "content": system}] if system else []
-    return [*turns, {"role": "user", "content": data.recipe_prompt(problem)}]
+    """The conversation that asks a problem with the recipe's prompts."""
+    return [*system_turns(system), {"role": "user", "content": data.recipe_prompt(problem)}]
 
 
 def share(items, store):
@@ -906,8 +884,7 @@ def sampling_jobs(problems, args):
 
 def rewriting_jobs(samples):
     for row in samples:
-        yield Job([{"role": "user", "content": STRUCTURE_PROMPT + row["response"]}],
-                  {key: value for key, value in row.items() if key not in VERDICT_FIELDS},
+        yield Job([{"role": "user", "content": STRUCTURE_PROMPT + row["response"]}], row,
                   sample_key(row))
 
 
@@ -952,7 +929,7 @@ def by_rule(row):
     return "\n\n".join([TAGS[0], response, TAGS[1], TAGS[2], solution, TAGS[3]])
 
 
-def run_jobs(args, answerer, jobs, finish, settings, rank, barrier, store=None, writes=True):
+def run_jobs(args, answerer, jobs, finish, settings, rank, barrier, store):
     """Answers what is not answered yet, and writes each row as it is there. answerer() is only
     called, and so a model only loaded, if something is left."""
     jobs = list(jobs)
@@ -968,7 +945,7 @@ def run_jobs(args, answerer, jobs, finish, settings, rank, barrier, store=None, 
                                      refresh=False)
         for job, text, reason, tokens in answerer().answers(left, told) if left else ():
             truncated += reason == "length"
-            if writes:
+            if rank == 0 or args.tensor_parallel == 1:
                 out.add(finish(job, text, reason, tokens, args.endpoint_model or args.model))
             finished = store.add("finished", 1) if store else progress.n + 1  # of all processes
             progress.update(finished - progress.n)
@@ -977,22 +954,12 @@ def run_jobs(args, answerer, jobs, finish, settings, rank, barrier, store=None, 
         print(f"{args.out}: {len(jobs):,} rows")
 
 
-VERDICT_FIELDS = ("passed", "extracted", "reason")
-RESULT_FIELDS = ("sample", "response", "finish_reason", "num_tokens", "model", "original",
-                 *VERDICT_FIELDS)
-
-
-def check_fits(prompt, args, config, what):
-    most = config.max_position_embeddings
-    if len(prompt) + args.max_new_tokens > most:
-        raise ValueError(f"{what} has {len(prompt):,} tokens: with --max_new_tokens "
-                         f"{args.max_new_tokens:,} that is more than the model's {most:,} "
-                         "positions")
-
-
-def sampling_of(args, tokenizer):
-    return Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed,
-                    tokenizer.vocab_size)
+def engine_of(args, model, tokenizer, stop_ids, length, most):
+    """The engine that the flags ask for, for rows of `length` tokens and at most `most` slots."""
+    slots = plan_slots(model, length, args.max_batch_tokens, most)
+    sampling = Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty,
+                        args.seed, tokenizer.vocab_size)
+    return Engine(model, slots, length, sampling, stop_ids, stops_on(tokenizer, args.stop))
 
 
 def stops_on(tokenizer, texts):
@@ -1014,9 +981,8 @@ def cut(text, stops):
 
 
 def think_limits(args, tokenizer):
-    """Budget forcing (s1, arXiv 2501.19393): makes a Request.forced for each request. A thought
-    shorter than --min_think tokens does not end but goes on with "Wait"; one of --max_think tokens
-    is ended."""
+    """Budget forcing (s1, arXiv 2501.19393): makes a Request.forced for each request. A thought of
+    fewer than --min_think tokens goes on with "Wait", one of --max_think tokens is ended."""
     if args.min_think is None and args.max_think is None:
         return lambda: None
     least, most = args.min_think or 0, args.max_think or math.inf
@@ -1054,25 +1020,23 @@ def answer(engine, tokenizer, messages, args):
         raise ValueError(f"the conversation has {len(prompt):,} tokens, more than the model's "
                          f"{engine.model.config.max_position_embeddings:,} positions")
     request = Request(prompt, len(messages), min(args.max_new_tokens, room))
-    shown = ""
-    stopped = False
+    shown, stopped, written = "", False, engine.finished
 
     def interrupt(number, frame):
         nonlocal stopped
         stopped = True
+
+    def grown(request):
+        nonlocal shown
+        text = cut(tokenizer.decode(request.tokens), args.stop)
+        if not text.endswith("\ufffd"):  # half a character
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+        return stopped or written(request)
     before = signal.signal(signal.SIGINT, interrupt)
-    written = engine.finished
     try:
-        def grown(request):
-            nonlocal shown
-            text = cut(tokenizer.decode(request.tokens), args.stop)
-            if not text.endswith("\ufffd"):  # half a character
-                print(text[len(shown):], end="", flush=True)
-                shown = text
-            return stopped or written(request)
         engine.finished = grown
-        for _ in engine.run([request]):
-            pass
+        list(engine.run([request]))
     finally:
         engine.finished = written
         signal.signal(signal.SIGINT, before)
@@ -1082,17 +1046,13 @@ def answer(engine, tokenizer, messages, args):
 
 def chat(args, model, tokenizer, stop_ids):
     """A conversation in the terminal: /reset, /system TEXT, /quit; Ctrl-C stops an answer."""
-    length = model.config.max_position_embeddings
-    system = None if args.system == "none" else data.SYSTEM_PROMPTS.get(args.system, args.system)
-    start = [{"role": "system", "content": system}] if system else []
-    messages = list(start)
+    start, length = system_turns(args.system), model.config.max_position_embeddings
+    messages = start
     if args.prompt is not None:
-        messages.append({"role": "user", "content": args.prompt})
+        messages = [*start, {"role": "user", "content": args.prompt}]
         prompt = tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
         length = min(length, len(prompt) + args.max_new_tokens)
-    plan_slots(model, length, args.max_batch_tokens, 1)
-    engine = Engine(model, 1, length, sampling_of(args, tokenizer), stop_ids,
-                    stops_on(tokenizer, args.stop))
+    engine = engine_of(args, model, tokenizer, stop_ids, length, 1)
     if args.prompt is not None:
         answer(engine, tokenizer, messages, args)
         return
@@ -1108,22 +1068,19 @@ def chat(args, model, tokenizer, stop_ids):
             return
         if text == "/reset" or text.startswith("/system"):
             if text != "/reset":
-                start = [{"role": "system", "content": text[len("/system"):].strip()}]
-            messages = list(start)
+                start = [{"role": "system", "content": text.removeprefix("/system").strip()}]
+            messages = start
         elif text:
-            messages.append({"role": "user", "content": text})
+            asked = [*messages, {"role": "user", "content": text}]
             try:
-                reply = answer(engine, tokenizer, messages, args)
+                reply = answer(engine, tokenizer, asked, args)
+                messages = [*asked, {"role": "assistant", "content": reply}]
             except ValueError as error:
                 print(f"{error}; /reset starts again", file=sys.stderr)
-                messages.pop()
-                continue
-            messages.append({"role": "assistant", "content": reply})
 
 
 def load(args, rank, device):
-    """Model, tokenizer and the ids that end an answer: the tokenizer's end of turn and those of
-    generation_config.json."""
+    """Model, tokenizer, and the ids that end an answer: end of turn, generation_config.json's."""
     folder = data.find_model(args.model)
     tokenizer = data.load_tokenizer(folder)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
@@ -1154,37 +1111,30 @@ def parse_arguments():
     add("--concurrency", "requests at a time (32)", type=int, default=32)
     add("--timeout", "seconds for one of them (600)", type=float, default=600)
     add("--rewrite", "samples to split into thought and solution")
-    add("--rewriter", "model, or rule: without a model (model)", default="model",
-        choices=("model", "rule"))
-    add("--label_difficulty", "grade the --problems from 1 to 10 instead of answering them",
-        action="store_true")
+    add("--rewriter", "rule: without a model (model)", default="model", choices=("model", "rule"))
+    add("--label_difficulty", "only grade the --problems, from 1 to 10", action="store_true")
     add("--min_difficulty", "only problems of this grade or above", type=int)
     add("--max_difficulty", "only problems of this grade or below", type=int)
     add("--problems", "sample answers to files, data sets, builtin:heldout, or a benchmark: "
                       + ", ".join(data.EVALUATIONS), nargs="+")
     add("--out", "the samples, a JSON object a line (samples.jsonl); goes on where it stopped",
         default="samples.jsonl")
-    add("--n", "samples of each problem (1, or what the named benchmark wants)", type=int)
+    add("--n", "samples of each problem (1, or the benchmark's own number)", type=int)
     add("--limit", "only so many problems, the first", type=int)
     add("--prompt", "answer this once, and end")
     add("--system", "skyt1, qwq, none, or a text (skyt1 for problems, none for a chat)")
-    add("--temperature", "0 takes the most likely token (0.7, or what the named benchmark wants)",
-        type=float)
-    add("--top_p", "of the most likely tokens as many as have this mass (1)", type=float,
-        default=1.0)
-    add("--top_k", "of so many of the most likely tokens (0: all)", type=int, default=0)
-    add("--repetition_penalty", "makes tokens that were there less likely (1)", type=float,
-        default=1.0)
+    add("--temperature", "0: the most likely token (0.7, or the benchmark's own)", type=float)
+    add("--top_p", "only the most likely tokens of this mass (1)", type=float, default=1.0)
+    add("--top_k", "only so many of the most likely tokens (0: all)", type=int, default=0)
+    add("--repetition_penalty", "makes earlier tokens less likely (1)", type=float, default=1.0)
     add("--seed", "of the random streams (0)", type=int, default=0)
-    add("--max_new_tokens", "longest answer (16384, or what the model's positions leave)",
-        type=int)
+    add("--max_new_tokens", "longest answer (16384, or 3/4 of the model's positions)", type=int)
     add("--stop", "texts that end an answer", nargs="*", default=[])
     add("--min_think", "a thought of fewer tokens goes on with Wait", type=int)
     add("--max_think", "a thought of so many tokens is ended", type=int)
     add("--max_batch_tokens", "tokens of the key/value cache (what memory allows)", type=int)
     add("--max_slots", "answers at a time (16 on a CPU, 64 on CUDA)", type=int)
-    add("--dtype", "float32 or bfloat16 (bfloat16 on CUDA, float32 on a CPU)",
-        choices=("float32", "bfloat16"))
+    add("--dtype", "(bfloat16 on CUDA, float32 on a CPU)", choices=("float32", "bfloat16"))
     add("--tensor_parallel", "ranks that share one model (1)", type=int, default=1)
     args = parser.parse_args()
     check_combination(args)
@@ -1224,8 +1174,7 @@ def check_combination(args):
 
 
 def benchmark_defaults(args):
-    """--n and --temperature where they are not given: those of the benchmarks named, which must
-    agree."""
+    """--n and --temperature where not given: those of the benchmarks named, which must agree."""
     wanted = {(e.n, e.temperature) for name in args.problems or ()
               if (e := data.EVALUATIONS.get(Path(name).name))} or {(1, 0.7)}
     if len(wanted) > 1 and None in (args.n, args.temperature):
@@ -1237,12 +1186,12 @@ def benchmark_defaults(args):
 
 
 def read_samples(path):
-    """The rows to rewrite; ValueError that names file and line for what is none."""
+    """The rows to rewrite, without verdicts; ValueError that names file and line of others."""
     for row, line in data.read_rows(Path(path)):
         missing = [name for name in ("source", "id", "response") if name not in row]
         if missing or not isinstance(row["response"], str):
             raise ValueError(f"{path}:{line}: a sample needs `{(missing or ['response'])[0]}`")
-        yield row
+        yield {key: value for key, value in row.items() if key not in VERDICT_FIELDS}
 
 
 def chosen_problems(args, rank):
@@ -1263,7 +1212,7 @@ def chosen_problems(args, rank):
 
 
 def start_processes(args):
-    """(rank, number of processes, device, store) of this process under torchrun, or alone."""
+    """(rank, device, store) of this process under torchrun; alone the store is None."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
@@ -1271,42 +1220,42 @@ def start_processes(args):
         raise ValueError(f"--tensor_parallel {args.tensor_parallel} wants as many processes: "
                          f"torchrun --nproc_per_node={args.tensor_parallel}")
     if world_size == 1:
-        return rank, world_size, device, None
+        return rank, device, None
     if cuda:
         torch.cuda.set_device(device)
     store, _, _ = next(dist.rendezvous("env://"))
     dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store),
                             rank=rank, world_size=world_size, timeout=timedelta(hours=4))
-    return rank, world_size, device, store
+    return rank, device, store
 
 
 def rewrite_by_rule(args):
     """--rewriter rule: the whole file at once."""
-    rows = [{key: value for key, value in row.items() if key not in VERDICT_FIELDS}
-            | {"response": by_rule(row), "original": row["response"], "rewriter": "rule"}
+    rows = [row | {"response": by_rule(row), "original": row["response"], "rewriter": "rule"}
             for row in read_samples(args.rewrite)]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if os.path.exists(args.out) and Path(args.out).read_text(encoding="utf-8") != text:
+    text, out = "".join(map(line_of, rows)), Path(args.out)
+    if out.exists() and out.read_text(encoding="utf-8") != text:
         raise ValueError(f"{args.out} holds something else: name another --out, or delete it")
-    write_aside(args.out, text)
+    write_durably(out, [text.encode()])
     print(f"{args.out}: {len(rows):,} rows")
 
 
 def main():
     """Who answers, what is asked, and then the run; without problems a chat."""
     args = parse_arguments()
-    rank, world_size, device, store = start_processes(args)
+    rank, device, store = start_processes(args)
     if args.rewrite and args.rewriter == "rule":
         return rewrite_by_rule(args) if rank == 0 else None
-    barrier = dist.barrier if world_size > 1 else lambda: None
+    barrier = dist.barrier if store else lambda: None
     args.dtype = args.dtype or ("bfloat16" if device != "cpu" else "float32")
     args.system = args.system or ("skyt1" if args.problems else "none")
-    args.max_new_tokens = args.max_new_tokens or min(16384, Qwen2Config.from_pretrained(
-        data.find_model(args.model, weights=False)).max_position_embeddings * 3 // 4
-        if args.model else 16384)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 16384
+        if args.model:
+            config = Qwen2Config.from_pretrained(data.find_model(args.model, weights=False))
+            args.max_new_tokens = min(16384, config.max_position_embeddings * 3 // 4)
     if not args.problems and not args.rewrite:
-        chat(args, *load(args, rank, device))
-        return
+        return chat(args, *load(args, rank, device))
     if args.rewrite:
         jobs, finish = rewriting_jobs(read_samples(args.rewrite)), rewritten
     elif args.label_difficulty:
@@ -1321,8 +1270,7 @@ def main():
 
     def answerer():
         return Endpoint(args) if args.endpoint else Local(args, *load(args, rank, device), store)
-    run_jobs(args, answerer, jobs, finish, settings, rank, barrier, store,
-             writes=rank == 0 or args.tensor_parallel == 1)
+    run_jobs(args, answerer, jobs, finish, settings, rank, barrier, store)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import os
 import random
 import re
 import signal
+import socket
 import sys
 import time
 import urllib.error
@@ -65,6 +66,12 @@ class Sampling:
     seed: int = 0
     num_ids: int | None = None
 
+    def __post_init__(self):
+        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.top_k >= 0
+                and 0 < self.repetition_penalty < math.inf):
+            raise ValueError("--temperature must be 0 or more, --top_p above 0 and at most 1, "
+                             "--top_k 0 or more, --repetition_penalty above 0")
+
 
 def stream_key(seed, stream):
     """The 64-bit name of a random stream."""
@@ -104,7 +111,7 @@ def choose(logits, sampling, keys, counts, seen=None):
     if (penalty := sampling.repetition_penalty) != 1.0:  # arXiv 1909.05858, as transformers has it
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, penalised, logits)
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-6:  # 0, or so near that logits might overflow
         return logits.max(-1).indices  # on a CPU faster than argmax
     logits = logits / sampling.temperature
     first_tried = not sampling.top_k and sampling.top_p >= 1 and few_first(logits)
@@ -577,6 +584,8 @@ class SampleFile:
         if before != settings and any(path.stat().st_size for path in (self.path, *self.parts())
                                       if path.is_file()):
             changed = [name for name in settings if before.get(name) != settings[name]]
+            if not os.path.getsize(self.lock.name):
+                os.unlink(self.lock.name)
             raise ValueError(f"{self.path} holds samples of other settings ({', '.join(changed)}): "
                              "name another --out, or delete it")
         self.path.touch()
@@ -634,6 +643,15 @@ class SampleFile:
         except OSError as error:
             raise ValueError(f"{self.file.name}: {error.strerror}: what is there is kept, the same "
                              "command goes on") from None
+
+    def forget(self):
+        """Removes what this process made, if nothing was written: a refused run leaves nothing."""
+        self.file.close()
+        if os.path.getsize(self.file.name) or self.rank == 0 and self.parts():
+            return  # rows are there, or may be in the other processes' parts
+        os.unlink(self.file.name)
+        if self.rank == 0:
+            os.unlink(self.lock.name)
 
     def close(self, order):
         self.file.close()
@@ -718,7 +736,7 @@ class Endpoint:
             if not (key.isascii() and key.isprintable()):
                 raise ValueError("OPENAI_API_KEY holds characters that no key has")
             self.headers["Authorization"] = f"Bearer {key}"
-        self.opener = urllib.request.build_opener(NoRedirect)
+        self.opener, self.reached = urllib.request.build_opener(NoRedirect), False
 
     def answers(self, jobs, told):
         """As Local.answers, --concurrency requests at a time. An error ends all, after what others
@@ -790,8 +808,10 @@ class Endpoint:
             asked = 0
             try:
                 with self.opener.open(request, timeout=self.args.timeout) as reply:
+                    self.reached = True
                     return json.loads(reply.read())
             except urllib.error.HTTPError as error:
+                self.reached = True
                 problem = f"status {error.code} {said(error)}"
                 if error.code != 429 and error.code < 500:
                     hint = ": is OPENAI_API_KEY right?" if error.code in (401, 403) else ""
@@ -801,7 +821,12 @@ class Endpoint:
                 asked = min(int(after), 120) if after.isdigit() else 0
             except (OSError, http.client.HTTPException, json.JSONDecodeError, UnicodeDecodeError,
                     RecursionError) as error:
-                problem = str(getattr(error, "reason", error)) or type(error).__name__
+                reason = getattr(error, "reason", error)
+                problem = str(reason) or type(error).__name__
+                nobody = isinstance(reason, ConnectionRefusedError | socket.gaierror)
+                if nobody and not self.reached:
+                    raise ValueError(f"{self.url} cannot be reached ({problem}): is the server "
+                                     "running?") from None
             if wait is None:
                 raise ValueError(f"{self.url} failed {len(RETRY_SECONDS) + 1} times: {problem}; "
                                  "what was finished is kept, the same command goes on")
@@ -931,9 +956,20 @@ def by_rule(row):
 
 def run_jobs(args, answerer, jobs, finish, settings, rank, barrier, store):
     """Answers what is not answered yet, and writes each row as it is there. answerer() is only
-    called, and so a model only loaded, if something is left."""
+    called, and so a model only loaded, if something is left. What is refused leaves no file."""
     jobs = list(jobs)
     out = SampleFile(args.out, settings, rank, barrier)
+    try:
+        answer_jobs(args, answerer, jobs, finish, out, rank, store)
+    except BaseException:
+        out.forget()
+        raise
+    out.close([sample_key(job.row) for job in jobs])
+    if rank == 0:
+        print(f"{args.out}: {len(jobs):,} rows")
+
+
+def answer_jobs(args, answerer, jobs, finish, out, rank, store):
     left = out.left(jobs)
     if rank == 0 and len(left) < len(jobs):
         print(f"{args.out}: {len(jobs) - len(left):,} of {len(jobs):,} are there already",
@@ -949,9 +985,6 @@ def run_jobs(args, answerer, jobs, finish, settings, rank, barrier, store):
                 out.add(finish(job, text, reason, tokens, args.endpoint_model or args.model))
             finished = store.add("finished", 1) if store else progress.n + 1  # of all processes
             progress.update(finished - progress.n)
-    out.close([sample_key(job.row) for job in jobs])
-    if rank == 0:
-        print(f"{args.out}: {len(jobs):,} rows")
 
 
 def engine_of(args, model, tokenizer, stop_ids, length, most):
@@ -1066,9 +1099,10 @@ def chat(args, model, tokenizer, stop_ids):
             return
         if text == "/quit":
             return
-        if text == "/reset" or text.startswith("/system"):
-            if text != "/reset":
-                start = [{"role": "system", "content": text.removeprefix("/system").strip()}]
+        command, _, system = text.partition(" ")
+        if command in ("/reset", "/system"):
+            if command == "/system":
+                start = system_turns(system.strip() or "none")
             messages = start
         elif text:
             asked = [*messages, {"role": "user", "content": text}]
@@ -1091,7 +1125,10 @@ def load(args, rank, device):
         model = Qwen2.from_pretrained(folder, dtype=dtype, device=device).eval()
     fuse(model)
     path = Path(folder) / "generation_config.json"
-    ends = json.loads(path.read_text()).get("eos_token_id", []) if path.is_file() else []
+    try:
+        ends = json.loads(path.read_text()).get("eos_token_id") or [] if path.is_file() else []
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is broken ({error}): download it again, or remove it") from None
     stop_ids = {*(ends if isinstance(ends, list) else [ends]),
                 tokenizer.token_id(tokenizer.end_token)}
     return model, tokenizer, stop_ids
@@ -1099,8 +1136,8 @@ def load(args, rank, device):
 
 def parse_arguments():
     """The flags; ValueError for a value out of range."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = data.ArgumentParser(description=__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add(name, help, **options):
         parser.add_argument(name, help=help, **options)
@@ -1143,11 +1180,7 @@ def parse_arguments():
                  "tensor_parallel", "min_think", "max_think", "concurrency", "timeout"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be above 0")
-    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0:
-        raise ValueError("--temperature must be 0 or more, --top_p above 0 and at most 1, --top_k "
-                         "0 or more")
-    if args.repetition_penalty <= 0:
-        raise ValueError("--repetition_penalty must be above 0")
+    Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty)  # checks them
     return args
 
 
@@ -1167,6 +1200,8 @@ def check_combination(args):
                          "forced")
     if (args.min_think or 0) > (args.max_think or math.inf):
         raise ValueError("--min_think is above --max_think")
+    if sum(map(bool, (args.problems, args.rewrite, args.prompt))) > 1:
+        raise ValueError("--problems, --rewrite and --prompt are runs of their own: name one")
     if args.label_difficulty and not args.problems:
         raise ValueError("--label_difficulty wants --problems")
     if "" in args.stop:
@@ -1188,9 +1223,10 @@ def benchmark_defaults(args):
 def read_samples(path):
     """The rows to rewrite, without verdicts; ValueError that names file and line of others."""
     for row, line in data.read_rows(Path(path)):
-        missing = [name for name in ("source", "id", "response") if name not in row]
-        if missing or not isinstance(row["response"], str):
-            raise ValueError(f"{path}:{line}: a sample needs `{(missing or ['response'])[0]}`")
+        kinds = {"source": str | int, "id": str | int, "response": str, "sample": int}
+        for name, kind in kinds.items():
+            if not isinstance(row.get(name, 0 if name == "sample" else None), kind):
+                raise ValueError(f"{path}:{line}: a sample needs `{name}`")
         yield {key: value for key, value in row.items() if key not in VERDICT_FIELDS}
 
 
@@ -1204,10 +1240,11 @@ def chosen_problems(args, rank):
                 raise ValueError(f"problem {problem['id']} has no `difficulty` from 1 to 10: run "
                                  "--label_difficulty first")
         graded = [problem for problem in problems if problem["difficulty"] is not None]
-        if len(graded) < len(problems) and rank == 0:
-            print(f"{len(problems) - len(graded)} problems got no grade and are left out",
-                  file=sys.stderr)
-        problems = [problem for problem in graded if low <= problem["difficulty"] <= high]
+        chosen = [problem for problem in graded if low <= problem["difficulty"] <= high]
+        if rank == 0:
+            print(f"{len(chosen):,} of {len(problems):,} problems are of the difficulty asked for, "
+                  f"{len(problems) - len(graded):,} have no grade", file=sys.stderr)
+        problems = chosen
     return problems[:args.limit]
 
 
@@ -1236,6 +1273,7 @@ def rewrite_by_rule(args):
     text, out = "".join(map(line_of, rows)), Path(args.out)
     if out.exists() and out.read_text(encoding="utf-8") != text:
         raise ValueError(f"{args.out} holds something else: name another --out, or delete it")
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_durably(out, [text.encode()])
     print(f"{args.out}: {len(rows):,} rows")
 

@@ -2,6 +2,8 @@
 definitions, and runs that are killed, resumed and shared out."""
 import http.server
 import json
+import math
+import shutil
 import subprocess
 import sys
 import threading
@@ -318,6 +320,39 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch):
         sample.check_weights_fit(big, torch.bfloat16, "cuda:0", 1)
 
 
+def test_a_refused_run_leaves_nothing(model_dir, problems, tmp_path, monkeypatch):
+    broken, odd = tmp_path / "broken", tmp_path / "odd.jsonl"
+    shutil.copytree(model_dir, broken)
+    (broken / "generation_config.json").write_text("[]")
+    odd.write_text('{"source": ["a"], "id": 1, "response": "x"}\n')
+    asks = ["--model", model_dir, "--problems", problems]
+    before = sorted(tmp_path.rglob("*"))
+    for flags, said in (
+            (["--model", tmp_path / "none", "--problems", problems, "--max_new_tokens", 5], "none"),
+            (["--model", broken, "--problems", problems], "generation_config.json is broken"),
+            ([*asks, "--max_new_tokens", 100_000], "positions"),
+            ([*asks, "--max_batch_tokens", 3], "max_batch_tokens"),
+            ([*asks, "--prompt", "x"], "name one"), ([*asks, "--top_p", 2], "--top_p above 0"),
+            ([*asks, "--n", "x"], "invalid int value"), ([*asks, "--system", "\udcff"], "half a char"),
+            (["--model", model_dir, "--rewrite", odd], "odd.jsonl:1: a sample needs `source`"),
+            (["--endpoint", "nowhere", "--endpoint_model", "m", "--problems", problems], "nowhere")):
+        with pytest.raises((ValueError, OSError), match=said):
+            call(monkeypatch, *flags, "--out", tmp_path / "out.jsonl")
+        assert sorted(tmp_path.rglob("*")) == before, said
+    call(monkeypatch, *asks, "--max_new_tokens", 2, "--limit", 1, "--out", tmp_path / "out.jsonl")
+    (tmp_path / "out.jsonl.settings.json").unlink()
+    with pytest.raises(ValueError, match="other settings"):
+        call(monkeypatch, *asks, "--max_new_tokens", 2, "--out", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl.settings.json").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"temperature": math.nan}, {"top_p": 2},
+                                   {"top_k": -1}])
+def test_what_no_distribution_has_is_refused(wrong):
+    with pytest.raises(ValueError, match="must be 0 or more"):
+        sample.generate(small_model(), [[1, 2]], 2, **wrong)
+
+
 # ---- a server instead of a model, rewriting, difficulty
 
 
@@ -463,10 +498,10 @@ def test_a_wrong_key_and_no_server_are_one_line(server, problems, tmp_path, monk
     flags = ["--problems", problems, "--out", tmp_path / "out.jsonl", "--endpoint_model"]
     with pytest.raises(ValueError, match="OPENAI_API_KEY"):
         call(monkeypatch, *flags, "locked", "--endpoint", server)
-    monkeypatch.setattr(sample, "RETRY_SECONDS", (0.01,))
-    with pytest.raises(ValueError, match="failed 2 times"):
+    with pytest.raises(ValueError, match="cannot be reached .*is the server running"):
         call(monkeypatch, *flags, "m", "--endpoint", "http://127.0.0.1:9/v1", "--out",
              tmp_path / "other.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["toy.jsonl"]
 
 
 def test_difficulty_is_labelled_and_problems_are_chosen_by_it(server, problems, tmp_path,

@@ -63,7 +63,7 @@ class Qwen2Config:
 
     @property
     def matmul_parameters(self):
-        """Weights that a token is multiplied with: all matrices but the embedding's."""
+        """Weights that a token is multiplied with: all matrices but the embedding, a look-up."""
         C, kv = self.hidden_size, self.head_dim * self.num_key_value_heads
         block = 2 * C * C + 2 * C * kv + 3 * C * self.intermediate_size
         return self.num_hidden_layers * block + self.vocab_size * C

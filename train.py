@@ -656,6 +656,7 @@ def draw_loss(path, losses, width=720, height=360, margin=64):
                         f"{margin + (high - v) * (height - 2 * margin) / (high - low):.1f}"
                         for i, v in enumerate(values))
     windows = [losses[max(0, i - 9):i + 1] for i in range(len(losses))]
+    smooth = [sum(window) / len(window) for window in windows]
     labels = [(4, margin + 4, f"{high:.3g}"), (4, height - margin + 4, f"{low:.3g}"),
               (margin, height - 16, "step 0"),
               (width - margin - 40, height - 16, str(len(losses) - 1)),
@@ -667,8 +668,7 @@ def draw_loss(path, losses, width=720, height=360, margin=64):
         f'<path d="M{margin} {margin}V{height - margin}H{width - margin}" fill="none" '
         'stroke="black"/>'
         f'<polyline points="{points(losses)}" fill="none" stroke="#bbb"/>'
-        f'<polyline points="{points([sum(w) / len(w) for w in windows])}" fill="none" '
-        'stroke="#1f5fbf" stroke-width="2"/>'
+        f'<polyline points="{points(smooth)}" fill="none" stroke="#1f5fbf" stroke-width="2"/>'
         + "".join(f'<text x="{x}" y="{y}">{text}</text>' for x, y, text in labels)
         + "</svg>\n").encode()])
 

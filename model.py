@@ -1,5 +1,4 @@
-"""Qwen2, every size from 0.5B to 72B: configuration, layers, loss, and reading and writing of
-safetensors.
+"""Qwen2, from 0.5B to 72B: configuration, layers, loss, reading and writing of safetensors.
 
 Also the architecture of Qwen2.5, QwQ-32B-Preview, Sky-T1-32B-Preview and DeepSeek-R1-Distill-Qwen.
 Modules and configuration fields carry the names of the published checkpoints, so that loading and
@@ -31,14 +30,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-# a target that is none: PyTorch's own default for cross_entropy's ignore_index
-IGNORE = -100
+IGNORE = -100              # a target that is none: cross_entropy's own default for ignore_index
 MLP_TILE = 4096            # tokens of one tile of the MLP under recompute="tiled"
-# logits held at once by the loss: 512 and 128 MiB in fp32
-LOSS_CHUNK = {"cuda": 2 ** 27, "cpu": 2 ** 25}
+LOSS_CHUNK = {"cuda": 2 ** 27, "cpu": 2 ** 25}  # logits held at once: 512 and 128 MiB in fp32
 READ_BYTES = 2 ** 26       # weights are read in pieces of at most this size
 SHARD_BYTES = 5 * 10 ** 9  # size of one .safetensors file, as the published checkpoints have it
-
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -46,8 +42,7 @@ SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16
 
 @dataclass(frozen=True)
 class Qwen2Config:
-    """The fields of config.json that change what is computed, under their own names. Defaults are
-    transformers'."""
+    """The fields of config.json that change what is computed, with transformers' defaults."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -68,11 +63,9 @@ class Qwen2Config:
 
     @property
     def matmul_parameters(self):
-        """Weights that a token is multiplied with: all matrices but the embedding, which is looked
-        up."""
-        C, D, Hkv = self.hidden_size, self.head_dim, self.num_key_value_heads
-        attention = 2 * C * C + 2 * C * Hkv * D
-        block = attention + 3 * C * self.intermediate_size
+        """Weights that a token is multiplied with: all matrices but the embedding, a look-up."""
+        C, kv = self.hidden_size, self.head_dim * self.num_key_value_heads
+        block = 2 * C * C + 2 * C * kv + 3 * C * self.intermediate_size
         return self.num_hidden_layers * block + self.vocab_size * C
 
     def train_flops(self, length):
@@ -84,19 +77,15 @@ class Qwen2Config:
 
     @classmethod
     def from_pretrained(cls, model_dir):
-        """Reads config.json of transformers 4 (`rope_theta`) and 5 (`rope_parameters`), or a
-        BUILTIN name.
-
-        Raises FileNotFoundError without the file, ValueError for a file that is not such a
-        configuration, lacks a field or asks for something that is not built here; the message names
-        file, field and value.
-        """
+        """Reads config.json of transformers 4 (`rope_theta`) or 5 (`rope_parameters`), or a name
+        of BUILTIN. FileNotFoundError without the file; ValueError, which names file, field and
+        value, where it is broken, lacks a field or asks for something that is not built here."""
         if model_dir in BUILTIN:
             return BUILTIN[model_dir]
         path = Path(model_dir) / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: --model wants a folder in Hugging "
-                                    f"Face layout")
+            raise FileNotFoundError(f"{path} does not exist: "
+                                    "--model wants a folder in Hugging Face layout")
         try:
             raw = json.loads(path.read_text())
             assert isinstance(raw, dict)
@@ -106,25 +95,23 @@ class Qwen2Config:
         refuse_unsupported(path, raw, rope)
         raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta))
         raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
-        values = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
         try:
-            config = cls(**values)
+            config = cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
         except TypeError as error:
             raise ValueError(f"{path} lacks fields of a Qwen2: {error}") from None
         config.check(path)
         return config
 
     def check(self, path):
-        """Sizes must be positive integers that divide as the architecture needs: else
-        ValueError."""
+        """ValueError unless sizes are positive integers that divide as the architecture needs."""
         for f in fields(self)[:7]:
             value = getattr(self, f.name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{path}: {f.name} is {value!r}, must be a positive integer")
         for name in ("rms_norm_eps", "rope_theta"):
-            if not isinstance(getattr(self, name), (int, float)) or getattr(self, name) <= 0:
-                raise ValueError(f"{path}: {name} is {getattr(self, name)!r}, must be a positive "
-                                 f"number")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or value <= 0:
+                raise ValueError(f"{path}: {name} is {value!r}, must be a positive number")
         for whole, part in (("hidden_size", "num_attention_heads"),
                             ("num_attention_heads", "num_key_value_heads")):
             if getattr(self, whole) % getattr(self, part):
@@ -140,8 +127,7 @@ class Qwen2Config:
 
 
 def refuse_unsupported(path, raw, rope):
-    """ValueError for each field of config.json whose value this code would silently compute
-    something else for."""
+    """ValueError for a field of config.json that asks for something other than is computed here."""
     head_dim, heads = raw.get("head_dim"), raw.get("num_attention_heads")
 
     def scaled(rope):
@@ -160,9 +146,9 @@ def refuse_unsupported(path, raw, rope):
     }
     for field, is_refused in refused.items():
         if is_refused:
-            raise ValueError(f"{path}: {field} is {raw.get(field)!r}, which is not supported: "
-                             f"this code is the plain Qwen2 "
-                             "(full attention, default rope, silu, unquantised)")
+            raise ValueError(f"{path}: {field} is {raw.get(field)!r}, which is not supported: this "
+                             "code is the plain Qwen2 (full attention, default rope, silu, "
+                             "unquantised)")
 
 
 # A model to learn with: random weights, a byte-level tokenizer (data.py), a million parameters.
@@ -175,8 +161,7 @@ BUILTIN = {"builtin:tiny": Qwen2Config(
 # ------------------------------------------------------------------------------------------- layers
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * weight. F.rms_norm takes the statistic in fp32 and returns x's
-    dtype."""
+    """x / sqrt(mean(x²) + eps) * weight, in x's dtype; F.rms_norm takes its statistic in fp32."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -188,24 +173,18 @@ class RMSNorm(nn.Module):
 
 
 def rotary_embedding(position_ids, head_dim, theta, dtype):
-    """The cosines and sines that rotate each pair (i, i + D/2) of a head by position *
-    theta^(-2i/D).
-
-    position_ids (B, T) -> cos, sin (B, 1, T, D). Angles are fp32: in bf16 position 257 would
-    already be 256. They are computed in each forward pass, as a stored table would be garbage after
-    a meta-device start.
-    """
-    # (D/2,)
-    inverse_frequency = theta ** -(torch.arange(0, head_dim, 2,
-                                                device=position_ids.device).float() / head_dim)
+    """position_ids (B, T) -> cos, sin (B, 1, T, D), which rotate each pair (i, i + D/2) of a head
+    by position * theta^(-2i/D). Angles are fp32: in bf16 position 257 would already be 256. Made in
+    each forward pass, as a stored table would be garbage after a meta-device start."""
+    even = torch.arange(0, head_dim, 2, device=position_ids.device).float()  # 2i of each pair
+    inverse_frequency = theta ** -(even / head_dim)  # (D/2,)
     angle = position_ids[:, None, :, None].float() * inverse_frequency  # (B, 1, T, D/2) fp32
     angle = torch.cat([angle, angle], dim=-1)  # (B, 1, T, D)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Applies the rotary embedding to x (B, H, T, D), in the checkpoints' split-half pairing of a
-    head's elements."""
+    """Applies the rotary embedding to x (B, H, T, D), paired by halves as in the checkpoints."""
     left, right = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
     return x * cos + torch.cat([-right, left], dim=-1) * sin
 
@@ -213,12 +192,9 @@ def rotate(x, cos, sin):
 # lengths differ in each row: compiled, each new one would cost a compilation
 @torch.compiler.disable
 def packed_attention(q, k, v, document_lengths):
-    """Causal attention within each document of a packed row: one SDPA call a document, never a T x
-    T mask.
-
-    q (B, H, T, D), k and v (B, Hkv, T, D), lengths that sum to T (an int tensor on the CPU) -> (B,
-    H, T, D).
-    """
+    """Causal attention within each document of a packed row: one SDPA call a document, never a
+    T x T mask. q (B, H, T, D), k and v (B, Hkv, T, D), lengths that sum to T (an int tensor on the
+    CPU) -> (B, H, T, D)."""
     # the one CUDA kernel for fp32 without a T x T matrix wants as many k as q
     if q.is_cuda and q.dtype == torch.float32:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
@@ -229,12 +205,9 @@ def packed_attention(q, k, v, document_lengths):
 
 
 class KeyValueCache:
-    """Keys and values of what has been read, for `num_slots` rows of up to `length` tokens: (L,
-    slots, Hkv, length, D) each, allocated once.
-
-    A prompt is read alone, so that what is computed for it depends on nothing else; after that each
-    step adds a token to the first rows.
-    """
+    """Keys and values of what has been read, for `num_slots` rows of up to `length` tokens: each
+    (L, slots, Hkv, length, D), allocated once. A prompt is read alone, so that what is computed for
+    it depends on nothing else; after that each step adds a token to the first rows."""
 
     def __init__(self, config, num_slots, length, dtype, device, num_key_value_heads=None):
         shape = (config.num_hidden_layers, num_slots,
@@ -285,8 +258,7 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H query heads share Hkv key/value heads. Only q, k and v have
-    biases."""
+    """Grouped-query attention: H query heads share Hkv key/value heads. Biases: only q, k and v."""
 
     def __init__(self, config):
         super().__init__()
@@ -297,20 +269,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, C, bias=False)
 
     def forward(self, x, cos, sin, document_lengths, attend=None):
-        """attend(q, k, v) -> y, all (B, heads, T, D): a cache's attention instead of that within
-        documents."""
+        """attend(q, k, v) -> y, all (B, heads, T, D): a cache's attention, not within documents."""
         B, T, C = x.shape
         q, k, v = self.heads(x, cos, sin)
-        # (B, H, T, D)
         y = attend(q, k, v) if attend else packed_attention(q, k, v, document_lengths)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
     def heads(self, x, cos, sin):  # sample.fuse puts one product and one rotation in its place
         B, T, C = x.shape
-        # (B, H, T, D) and twice (B, Hkv, T, D)
         q, k, v = (project(x).view(B, T, -1, self.head_dim).transpose(1, 2)
                    for project in (self.q_proj, self.k_proj, self.v_proj))
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return rotate(q, cos, sin), rotate(k, cos, sin), v  # (B, H, T, D), twice (B, Hkv, T, D)
 
 
 class MLP(nn.Module):
@@ -331,8 +300,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x)). Shapes stay (B, T,
-    C)."""
+    """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x)); all (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -358,8 +326,7 @@ class Block(nn.Module):
 
 
 def recomputed(function, *args):
-    """function(*args), saving only the arguments for the backward pass. There is no dropout, so no
-    RNG state to keep."""
+    """function(*args), of which only args are saved. No dropout means no RNG state to keep."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -408,18 +375,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 class Head(nn.Module):
     """lm_head. It computes the loss itself, as under FSDP its weight is whole only inside its own
-    forward. A tied head owns no weight, as its checkpoints have none, and is handed the
-    embedding's."""
+    forward. A tied head is handed the embedding's weight and owns none, as in the checkpoints."""
 
     def __init__(self, config):
         super().__init__()
-        tied = config.tie_word_embeddings
-        self.weight = None if tied else nn.Parameter(torch.empty(config.vocab_size,
-                                                                 config.hidden_size))
+        self.weight = None
+        if not config.tie_word_embeddings:
+            self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
     def forward(self, x, targets=None, tied_weight=None):
-        """x (B, T, C) -> logits (B, T, V); with targets (B, T) the fp32 sum of their
-        cross-entropies."""
+        """x (B, T, C) -> logits (B, T, V); with targets (B, T) their summed loss, fp32."""
         weight = self.weight if tied_weight is None else tied_weight
         if targets is None:
             return F.linear(x, weight)
@@ -431,9 +396,7 @@ class Qwen2(nn.Module):
     """The whole model. `state_dict()` has the keys of the published checkpoints.
 
     Attributes that trade memory for time: `recompute`, "none" (all activations are saved), "block"
-    (a block saves its input), "tiled" (see Block); `offload`, whether what recomputation saves
-    waits in (pinned) host memory.
-    """
+    (only a block's input) or "tiled" (see Block); `offload`: what is saved waits in host memory."""
 
     def __init__(self, config):
         super().__init__()
@@ -446,19 +409,17 @@ class Qwen2(nn.Module):
         self.lm_head = Head(config)
 
     def forward(self, input_ids, targets=None, document_lengths=None, position_ids=None):
-        """input_ids (B, T) -> logits (B, T, V) in the parameters' dtype.
-
-        With targets (B, T), already shifted, -100 where there is none: their summed cross-entropy
-        instead, fp32 scalar. document_lengths: a row (B = 1) is several documents that do not see
-        each other and whose positions restart.
-        """
+        """input_ids (B, T) -> logits (B, T, V) in the parameters' dtype. With targets (B, T) that
+        are shifted already, -100 where there is none: their summed cross-entropy, fp32 scalar. With
+        document_lengths a row (B = 1) is several documents that do not see each other and whose
+        positions restart."""
         B, T = input_ids.shape
         if document_lengths is not None:
             assert B == 1 and sum(document_lengths) == T, f"{document_lengths} do not fill {(B, T)}"
         document_lengths = document_lengths or [T]
         if position_ids is None:
-            position_ids = torch.cat([torch.arange(n)
-                                      for n in document_lengths])[None].to(input_ids.device)
+            position_ids = torch.cat([torch.arange(n) for n in document_lengths])[None]
+            position_ids = position_ids.to(input_ids.device)
         # a tensor, as torch.compile would guard a list's length
         document_lengths = torch.tensor(document_lengths, device="cpu")
         x = self.model.embed_tokens(input_ids)  # (B, T, C)
@@ -475,8 +436,8 @@ class Qwen2(nn.Module):
         return self.lm_head(self.model.norm(x), targets, tied_weight)
 
     def forward_cached(self, input_ids, position_ids, attends):
-        """input_ids and position_ids (B, T) -> logits (B, V) of each row's last token; attends:
-        the cache's attention of each layer (KeyValueCache)."""
+        """input_ids and position_ids (B, T) -> logits (B, V) of each row's last token; attends: a
+        cache's attention of each layer."""
         x = self.model.embed_tokens(input_ids)  # (B, T, C)
         cos, sin = rotary_embedding(position_ids, self.config.head_dim, self.config.rope_theta,
                                     x.dtype)
@@ -495,8 +456,7 @@ class Qwen2(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_dir, dtype=torch.float32, device="cpu"):
-        """Reads a folder in Hugging Face layout; raises FileNotFoundError or ValueError that name
-        file and tensor."""
+        """Reads a folder in Hugging Face layout; errors as of load_weights."""
         with torch.device("meta"):
             model = cls(Qwen2Config.from_pretrained(model_dir)).to(dtype)
         model.to_empty(device=device)
@@ -517,13 +477,8 @@ class Qwen2(nn.Module):
 
 # ------------------------------------------------------------------------------ weights on the disk
 
-def global_rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def local_part(parameter):
-    """This process's tensor of a parameter and its first row in the whole: FSDP cuts axis 0 as
-    torch.chunk does."""
+    """This process's part of a parameter and its first row there: FSDP cuts as torch.chunk does."""
     if not isinstance(parameter, DTensor):
         return parameter.data, 0
     (dimension, placement), = [(i, p) for i, p in enumerate(parameter.placements) if p.is_shard()]
@@ -535,8 +490,7 @@ def local_part(parameter):
 
 @torch.no_grad()
 def init_weights(model, seed):
-    """Random weights that do not depend on how the model is sharded: matrices normal, norms one,
-    biases zero."""
+    """Matrices normal, norms one, biases zero; the same weights however the model is sharded."""
     for number, (name, parameter) in enumerate(model.named_parameters()):
         local, start = local_part(parameter)
         if name.endswith("bias") or "norm" in name:
@@ -548,8 +502,7 @@ def init_weights(model, seed):
 
 
 def weight_files(model_dir):
-    """The file of each tensor name: from model.safetensors.index.json, else from the one
-    model.safetensors."""
+    """The file of each tensor name: model.safetensors.index.json's, else model.safetensors."""
     model_dir = Path(model_dir)
     index, single = model_dir / "model.safetensors.index.json", model_dir / "model.safetensors"
     if index.is_file():
@@ -569,15 +522,15 @@ def open_safetensors(path):
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): download it "
-                         f"again") from None
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): "
+                         "download it again") from None
 
 
 @torch.no_grad()
 def load_weights(model, model_dir):
     """Fills the parameters, strictly. Each process reads only its own rows, a piece at a time, so
-    that host memory never holds more than its shard and READ_BYTES. Raises before anything is
-    trained on: missing or unexpected names, shapes, types, truncated files."""
+    that host memory never holds more than its shard and READ_BYTES. ValueError, FileNotFoundError:
+    missing or unexpected names, wrong shapes or types, truncated or missing files."""
     files, parameters = weight_files(model_dir), dict(model.named_parameters())
     # some tied checkpoints repeat the embedding under this name
     if model.config.tie_word_embeddings:
@@ -593,7 +546,7 @@ def load_weights(model, model_dir):
             for name in (n for n, f in files.items() if f == path):
                 if name not in present:
                     raise ValueError(f"{path} lacks {name}, which the index places there: "
-                                     f"download it again")
+                                     "download it again")
                 load_tensor(parameters[name], file.get_slice(name), f"{path}: {name}")
 
 
@@ -612,10 +565,9 @@ def load_tensor(parameter, source, where):
 
 
 @torch.no_grad()
-def save_weights(model, model_dir, dtype, max_shard_bytes=SHARD_BYTES):
+def save_weights(model, model_dir, dtype, max_shard_bytes):
     """Streams the state dict into files of at most max_shard_bytes, one whole tensor in memory at a
-    time. Written aside and renamed, the index last. A failed write (a full disk) raises OSError, on
-    every rank."""
+    time; the index comes last. A failed write (a full disk) raises OSError, on every rank."""
     model_dir, state = Path(model_dir), model.state_dict()
     size = {name: t.numel() * dtype.itemsize for name, t in state.items()}
     shards = [[]]
@@ -644,14 +596,12 @@ def save_weights(model, model_dir, dtype, max_shard_bytes=SHARD_BYTES):
         stale = {*model_dir.glob("model*.safetensors"),
                  *model_dir.glob("model.safetensors.index.json")}
         if len(shards) > 1:
+            path = model_dir / "model.safetensors.index.json"
             index = {"metadata": {"total_size": sum(size.values())},
-                     "weight_map": {name: file for file, shard in zip(names, shards)
-                                    for name in shard}}
-            write_durably(model_dir / "model.safetensors.index.json",
-                          [json.dumps(index, indent=2).encode()])
-            stale.discard(model_dir / "model.safetensors.index.json")
-        # of an earlier save with other shards
-        for path in stale - {model_dir / name for name in names}:
+                     "weight_map": {n: file for file, shard in zip(names, shards) for n in shard}}
+            write_durably(path, [json.dumps(index, indent=2).encode()])
+            stale.discard(path)
+        for path in stale - {model_dir / name for name in names}:  # of a save with other shards
             path.unlink()
 
     for name, shard in zip(names, shards):
@@ -661,8 +611,7 @@ def save_weights(model, model_dir, dtype, max_shard_bytes=SHARD_BYTES):
 
 
 def write_durably(path, pieces):
-    """Writes an iterable of buffers beside `path`, makes it durable, renames it: the name never
-    holds half a file."""
+    """Writes buffers beside `path`, makes them durable, renames: no name ever holds half a file."""
     aside = path.with_name(path.name + ".tmp")
     try:
         with open(aside, "wb") as file:
@@ -691,7 +640,7 @@ def together(write, gathered=()):
     collected from all ranks and which write() consumes, is run through on the others, and to its
     end where writing failed."""
     error = None
-    if global_rank() == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             write()
         except OSError as caught:

@@ -1,5 +1,4 @@
-"""Supervised fine-tuning of a Qwen2 on one CPU, one GPU, or many (FSDP): one loop, from safetensors
-to safetensors.
+"""Supervised fine-tuning of a Qwen2 on one CPU, one GPU or many (FSDP), in one loop.
 
     torchrun --nproc_per_node=2 train.py        # no download: the built-in model, on a CPU
     torchrun --nproc_per_node=8 train.py --model Qwen/Qwen2.5-32B-Instruct \\
@@ -12,9 +11,8 @@ parameter over the ranks), one or two whole blocks in bf16 while they compute, a
 of one packed row. A step takes `--batch_size` examples however many ranks there are: it sums their
 token losses and divides once, by the batch's target tokens.
 
-Sources: the recipe of Sky-T1 (novasky-ai.github.io/posts/sky-t1); the cosine schedule of
-transformers (get_cosine_schedule_with_warmup); AdamW (arXiv 1711.05101); FSDP (2304.11277). Limits:
-data parallel only.
+Sources: the recipe of Sky-T1 (novasky-ai.github.io/posts/sky-t1); transformers' cosine schedule;
+AdamW (arXiv 1711.05101); FSDP (2304.11277). Limits: data parallel only.
 """
 import argparse
 import contextlib
@@ -65,14 +63,12 @@ GPUS = {"H100 PCIe": (756, 64, {80: 79.1}), "H100": (989, 450, {80: 79.2}),
         "A10": (125, 32, {24: 22.1}), "4090": (165, 32, {24: 23.6}), "3090": (71, 32, {24: 23.6}),
         "5090": (210, 64, {32: 31.4})}
 NETWORK = 50  # GB/s a GPU between nodes: 400 Gb/s for each, as in a DGX H100
-# In the order of preference: none of them holds T x T scores. Flash needs no plan for each document
-# length, as cuDNN does.
+# By preference; none holds T x T scores. Flash needs no plan for each length, as cuDNN does.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
 # Sky-T1's post; the work of 17,000 rows of 4,500 tokens in 32B, three times
 PUBLISHED = {"gpu_hours": 152, "flops": 4.6e19}
-# What of memory a choice of recompute and offload is allowed to fill; the rest is the allocator's
-# and the libraries'.
+# What a choice of recompute and offload may fill; the rest is the allocator's and the libraries'.
 MEMORY_SHARE = {"cuda": 0.88, "cpu": 0.5}
 
 
@@ -80,64 +76,56 @@ MEMORY_SHARE = {"cuda": 0.88, "cpu": 0.5}
 
 def parse_arguments():
     """The flags, with the recipe's defaults or the built-in model's."""
+    its_own = ", ".join(f"{k} {v}" for k, v in BUILTIN_DEFAULTS.items())
     parser = argparse.ArgumentParser(
         description="Fine-tunes a Qwen2. The defaults are the recipe of Sky-T1-32B-Preview; "
-                    "builtin:tiny has its own: "
-        + ", ".join(f"{k} {v}" for k, v in BUILTIN_DEFAULTS.items()))
+                    f"builtin:tiny has its own: {its_own}")
 
     def add(name, help, **options):
         shown = "" if options.get("default") is None else f" (default: {options['default']})"
         parser.add_argument(name, help=help + shown, **options)
 
-    add("--model", default="builtin:tiny",
-        help="folder in Hugging Face layout, hub name, or builtin:tiny")
-    add("--data", nargs="+", default=["NovaSky-AI/Sky-T1_data_17k"],
-        help="files, hub data sets, builtin:worked, builtin:bare")
-    add("--eval_data", nargs="+", help="held-out rows: their loss is measured at each save")
-    add("--out", help="output folder, then itself a --model (default: a fresh one under out/)")
-    add("--resume", action="store_true",
-        help="continue the run in --out from its newest checkpoint")
-    add("--num_train_epochs", type=int, default=3, help="passes over the data")
-    add("--max_steps", type=int, default=0,
-        help="length of the run in steps, instead of epochs; 0: epochs")
-    add("--batch_size", type=int, default=96,
-        help="examples of one step, whatever the number of GPUs")
-    add("--learning_rate", type=float, default=1e-5, help="its peak")
-    add("--warmup_ratio", type=float, default=0.1,
-        help="share of the steps in which it rises; then a cosine to 0")
-    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    add("--max_seq_len", type=int,
-        help=f"tokens of a packed row; longer examples are dropped and counted (default: "
-        f"{data.MAX_SEQ_LEN}, or the model's positions if fewer)")
-    add("--as_published", action="store_true",
-        help="the original's data: duplicates kept, long rows truncated, <|endoftext|>")
-    add("--end_token", help="end of an assistant's turn (default: the chat template's)")
-    add("--system", default="skyt1",
-        help="system prompt of kept samples: skyt1, qwq, none, or a text")
-    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16",
-        help="of matrix products and of the exported weights")
-    add("--seed", type=int, default=42,
-        help="of the order of the data (and of builtin:tiny's weights)")
-    add("--deterministic", action="store_true",
-        help="the same bits on each run on a GPU too, slower")
-    add("--recompute", choices=["auto", "none", "block", "tiled"], default="auto",
-        help="activations computed again in the backward pass: none; block: all but a block's "
-             f"input; tiled: and the MLP {MLP_TILE} tokens at a time; auto: the first that fits")
-    add("--offload", choices=["auto", "none", "activations", "parameters"], default="auto",
-        help="to host memory: recomputation's inputs, or parameters and optimizer too; auto: what "
-             "must")
-    add("--shard_size", type=int, default=0,
-        help="GPUs that share one copy of the model, such as those of a node; 0: all")
-    add("--compile", action="store_true", help="torch.compile each block (for GPUs)")
-    add("--save_steps", type=int, default=100, help="steps from checkpoint to checkpoint")
-    add("--keep_checkpoints", type=int, default=2, help="newest checkpoints kept")
-    add("--cache", help="folder of the tokenised rows (default: ~/.cache/sky-t1)")
-    add("--dollars_per_gpu_hour", type=float, default=2.96,
-        help="what the progress bar, run.json and --plan count with")
-    add("--plan", metavar="GPUS",
-        help="only print what the run would need on 8xH100, 2x8xH200 or A100-40GB: memory, hours, "
-             "dollars")
-    add("--mfu", type=float, default=0.35, help="share of the GPUs' peak that --plan counts with")
+    add("--model", "folder in Hugging Face layout, hub name, or builtin:tiny",
+        default="builtin:tiny")
+    add("--data", "files, hub data sets, builtin:worked, builtin:bare", nargs="+",
+        default=["NovaSky-AI/Sky-T1_data_17k"])
+    add("--eval_data", "held-out rows: their loss is measured at each save", nargs="+")
+    add("--out", "output folder, then itself a --model (default: a fresh one under out/)")
+    add("--resume", "continue the run in --out from its newest checkpoint", action="store_true")
+    add("--num_train_epochs", "passes over the data", type=int, default=3)
+    add("--max_steps", "length of the run in steps, instead of epochs; 0: epochs", type=int,
+        default=0)
+    add("--batch_size", "examples of one step, whatever the number of GPUs", type=int, default=96)
+    add("--learning_rate", "its peak", type=float, default=1e-5)
+    add("--warmup_ratio", "share of the steps in which it rises; then a cosine to 0", type=float,
+        default=0.1)
+    add("--max_grad_norm", "gradients are clipped to this norm", type=float, default=1.0)
+    add("--max_seq_len", "tokens of a packed row; longer examples are dropped and counted "
+        f"(default: {data.MAX_SEQ_LEN}, or the model's positions if fewer)", type=int)
+    add("--as_published", "the original's data: duplicates kept, long rows truncated, "
+        "<|endoftext|>", action="store_true")
+    add("--end_token", "end of an assistant's turn (default: the chat template's)")
+    add("--system", "system prompt of kept samples: skyt1, qwq, none, or a text", default="skyt1")
+    add("--dtype", "of matrix products and of the exported weights",
+        choices=["bfloat16", "float32"], default="bfloat16")
+    add("--seed", "of the order of the data (and of builtin:tiny's weights)", type=int, default=42)
+    add("--deterministic", "the same bits on each run on a GPU too, slower", action="store_true")
+    add("--recompute", "activations computed again in the backward pass: none; block: all but a "
+        f"block's input; tiled: and the MLP {MLP_TILE} tokens at a time; auto: the first that fits",
+        choices=["auto", "none", "block", "tiled"], default="auto")
+    add("--offload", "to host memory: recomputation's inputs, or parameters and optimizer too; "
+        "auto: what must", choices=["auto", "none", "activations", "parameters"], default="auto")
+    add("--shard_size", "GPUs that share one copy of the model, such as those of a node; 0: all",
+        type=int, default=0)
+    add("--compile", "torch.compile each block (for GPUs)", action="store_true")
+    add("--save_steps", "steps from checkpoint to checkpoint", type=int, default=100)
+    add("--keep_checkpoints", "newest checkpoints kept", type=int, default=2)
+    add("--cache", "folder of the tokenised rows (default: ~/.cache/sky-t1)")
+    add("--dollars_per_gpu_hour", "what the progress bar, run.json and --plan count with",
+        type=float, default=2.96)
+    add("--plan", "only print what the run would need on 8xH100, 2x8xH200 or A100-40GB: memory, "
+        "hours, dollars", metavar="GPUS")
+    add("--mfu", "share of the GPUs' peak that --plan counts with", type=float, default=0.35)
     if parser.parse_known_args()[0].model in BUILTIN:
         parser.set_defaults(**BUILTIN_DEFAULTS)
     args = parser.parse_args()
@@ -155,8 +143,7 @@ def check_arguments(args):
             raise ValueError(f"--{name} {getattr(args, name)}: must be above 0")
     if not 0 <= args.warmup_ratio <= 1 or args.max_steps < 0 or args.shard_size < 0:
         raise ValueError(f"--warmup_ratio {args.warmup_ratio} must be 0 to 1, --max_steps "
-                         f"{args.max_steps} and --shard_size "
-                         f"{args.shard_size} at least 0")
+                         f"{args.max_steps} and --shard_size {args.shard_size} at least 0")
     if args.resume and not args.out:
         raise ValueError("--resume continues the run of a folder: name it with --out")
     if args.offload == "activations" and args.recompute == "none":
@@ -167,23 +154,21 @@ def check_arguments(args):
 # ---------------------------------------------------------------------------------------- processes
 
 def start_processes(deterministic):
-    """Joins the process group that torchrun describes, or one of this process alone. Returns rank,
-    world_size, device."""
+    """Joins torchrun's process group, or one of this process alone: rank, world_size, device."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     on_gpu = torch.cuda.is_available()
-    local_rank, local_world_size = (int(os.environ.get(name, n))
-                                    for name, n in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if on_gpu and local_world_size > torch.cuda.device_count():
         raise ValueError(f"{local_world_size} processes, but {torch.cuda.device_count()} GPUs "
-                         f"here: lower --nproc_per_node, or "
-                         "set CUDA_VISIBLE_DEVICES= to use the CPU")
+                         "here: lower --nproc_per_node, or set CUDA_VISIBLE_DEVICES= to use the "
+                         "CPU")
     if on_gpu:
         torch.cuda.set_device(local_rank)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    # objects and checkpoints' plans travel over gloo; hours, as one rank may fetch 65 GB of weights
-    # while others wait
+    # objects and checkpoints' plans travel over gloo; hours, as one rank may fetch 65 GB meanwhile
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=4),
                             **alone)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -196,12 +181,12 @@ def on_every_rank(error):
     return error
 
 
-def agreed(function, *args):
-    """function(*args) on every rank; an error that a user can mend is raised on all ranks if it is
-    raised on one."""
+def agreed(function, *args, here=True):
+    """function(*args) on every rank that is `here`, None on the others. What a user can mend is
+    raised on all ranks if it is raised on one."""
     result = error = None
     try:
-        result = function(*args)
+        result = function(*args) if here else None
     except (ValueError, OSError) as caught:
         error = caught
     errors = [None] * dist.get_world_size()
@@ -213,16 +198,15 @@ def agreed(function, *args):
 
 
 def node_by_node(function, *args):
-    """function(*args) on the first rank of each node, which fetches and caches, and then on the
-    others."""
+    """function(*args) on the first rank of each node, which fetches and caches, then on others."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    result = agreed(function, *args) if first else agreed(lambda: None)
-    return agreed(lambda: None if first else function(*args)) or result
+    result = agreed(function, *args, here=first)
+    return agreed(function, *args, here=not first) or result
 
 
 def from_rank_0(function, *args):
     """The result, or the error, of function(*args) on rank 0."""
-    result = [agreed(function, *args) if dist.get_rank() == 0 else agreed(lambda: None)]
+    result = [agreed(function, *args, here=dist.get_rank() == 0)]
     dist.broadcast_object_list(result)
     return result[0]
 
@@ -232,13 +216,11 @@ def from_rank_0(function, *args):
 def memory_estimate(config, max_seq_len, num_ranks, recompute, offload, width=2, device_type="cuda",
                     stays_gathered=False):
     """Bytes a rank needs at its peak, by what they are for: a packed row of max_seq_len tokens, the
-    gradients of earlier micro-steps there. `width` is the bytes of a number in matrix products.
-
-    The peak is in the backward pass of the last block, or before it in the loss, whose needs beyond
-    a block's are the last line. Each term is what the code holds then; tests/test_plan.py measures.
-    """
-    C, I, L, T = (config.hidden_size, config.intermediate_size, config.num_hidden_layers,
-                  max_seq_len)
+    gradients of earlier micro-steps there. `width` is the bytes of a number in matrix products. The
+    peak is in the backward pass of the last block, or before it in the loss, whose needs beyond a
+    block's are the last line. Each term is what is held then; tests/test_plan.py measures them."""
+    C, I = config.hidden_size, config.intermediate_size
+    L, T = config.num_hidden_layers, max_seq_len
     kv, embedding = config.head_dim * config.num_key_value_heads, config.vocab_size * C
     block = (config.matmul_parameters - embedding) // L
     parameters = parameter_count(config)
@@ -273,8 +255,9 @@ def memory_estimate(config, max_seq_len, num_ranks, recompute, offload, width=2,
     work = max(in_mlp, in_attention)
 
     # logits and their gradient; the weight, its gradient in fp32, and a copy; hidden states
-    loss = (4 if width == 4 else 4 + width) * min(LOSS_CHUNK[device_type], T * config.vocab_size)
-    loss += (4 + width + (0 if width == 4 else width)) * embedding + T * (norm + 2 * width * C)
+    copy = 0 if width == 4 else width
+    loss = (4 + copy) * min(LOSS_CHUNK[device_type], T * config.vocab_size)
+    loss += (4 + width + copy) * embedding + T * (norm + 2 * width * C)
     if device_type == "cpu" and width < 4:  # an addition of bf16 to fp32 makes a copy there
         loss += 4 * embedding
     if stays_gathered:
@@ -293,8 +276,8 @@ def parameter_count(config):
 
 
 def stays_gathered(config, world_size, offload, memory):
-    """Whether a rank keeps the model whole through a batch, in bf16 with fp32 gradients: it then
-    costs one gathering and one reduction, however many micro-steps."""
+    """Whether a rank keeps the model whole through a batch, in bf16 with fp32 gradients: one
+    gathering and one reduction then serve all its micro-steps."""
     return world_size > 1 and offload == "none" and 6 * parameter_count(config) < 0.1 * memory
 
 
@@ -337,11 +320,10 @@ def shard(model, mesh, dtype, reshard, offload_parameters):
     """FSDP: each block, the embedding, and norm with head are gathered, used and let go one by one.
     Weights stay fp32 in their slices, are gathered in `dtype`, and their gradients summed in fp32.
     reshard=False keeps gathered weights."""
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    place = OffloadPolicy()
-    if offload_parameters:
-        place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
-    options = dict(mesh=mesh, mp_policy=policy, offload_policy=place)
+    pin = mesh.device_type == "cuda"
+    options = dict(
+        mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        offload_policy=CPUOffloadPolicy(pin_memory=pin) if offload_parameters else OffloadPolicy())
     layers = model.model.layers
     for block in layers:
         fully_shard(block, reshard_after_forward=reshard, **options)
@@ -355,8 +337,7 @@ def shard(model, mesh, dtype, reshard, offload_parameters):
 
 
 def build_model(args, config, mesh, device, memory):
-    """The sharded model, still empty, on the device; and whether it may stay gathered through a
-    batch."""
+    """The sharded model, still empty, on the device; and whether it stays gathered in a batch."""
     with torch.device("meta"):
         model = Qwen2(config)
     keep_gathered = stays_gathered(config, mesh.size(), args.offload, memory)
@@ -372,8 +353,7 @@ def build_model(args, config, mesh, device, memory):
 
 
 def learning_rate_factor(step, warmup_steps, num_steps):
-    """Linear warm-up, then half a cosine to 0: transformers' get_cosine_schedule_with_warmup at
-    step, counted from 0."""
+    """Linear warm-up, then half a cosine to 0: transformers' get_cosine_schedule_with_warmup."""
     if step < warmup_steps:
         return step / max(1, warmup_steps)
     progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
@@ -384,8 +364,7 @@ def learning_rate_factor(step, warmup_steps, num_steps):
 
 def training_state(model, optimizer):
     """Every tensor a run consists of, by name: the sharded weights and AdamW's two moments, made if
-    not there yet. (The order of the data is a function of seed and step, and nothing else is
-    random.)"""
+    not there yet. (The data's order is a function of seed and step; nothing else is random.)"""
     state = {}
     for name, parameter in model.named_parameters():
         moments = optimizer.state[parameter]
@@ -399,10 +378,8 @@ def training_state(model, optimizer):
 
 
 def save_checkpoint(folder, model, optimizer, step, settings, keep):
-    """Writes step-N aside, makes it durable, renames it, and only then removes older ones.
-    Collective.
-
-    Raises OSError on every rank if one cannot write; what was there before stays."""
+    """Writes step-N aside, makes it durable, renames it, and only then removes older ones. OSError
+    on every rank if one cannot write; what was there before stays. Collective."""
     path, aside = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
     from_rank_0(clear_unfinished, folder)
     try:
@@ -411,8 +388,8 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep):
         if dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
         reason = next(iter(error.failures.values()))[0]
-        raise on_every_rank(OSError(f"cannot write the checkpoint {path} ({reason}): free some "
-                                    f"disk, then --resume")) from None
+        raise on_every_rank(OSError(f"cannot write the checkpoint {path} ({reason}): "
+                                    "free some disk, then --resume")) from None
 
     def publish():
         write_durably(aside / "state.json",
@@ -420,15 +397,13 @@ def save_checkpoint(folder, model, optimizer, step, settings, keep):
         os.rename(aside, path)
         sync_folder(folder)
         for old in checkpoints(folder)[:-keep]:
-            # killed half-way through, it must not look whole
-            os.rename(old, old.with_suffix(".tmp"))
+            os.rename(old, old.with_suffix(".tmp"))  # killed half-way, it must not look whole
         clear_unfinished(folder)
     from_rank_0(publish)
 
 
 def clear_unfinished(folder):
-    """Removes what a kill left of saves and removals; a save into such a folder would mix old files
-    with new."""
+    """Removes what a kill left of saves and removals: a save there would mix old files with new."""
     for path in folder.glob("step-*.tmp"):
         shutil.rmtree(path)
 
@@ -439,8 +414,7 @@ def checkpoints(folder):
 
 
 def load_checkpoint(path, model, optimizer, settings):
-    """Fills weights and moments, on any number of ranks. Returns the step; ValueError for a broken
-    or foreign one."""
+    """Fills weights and moments, on any number of ranks. Returns the step; ValueError if broken."""
     tensors = training_state(model, optimizer)
     try:
         state = json.loads((path / "state.json").read_text())
@@ -473,8 +447,7 @@ def run_settings(args, model_dir, rows):
 
 
 def fingerprint(model_dir):
-    """Hash of a model folder's configuration and of its weight files' headers and sizes; a built-in
-    model's name."""
+    """Hash of a model folder's configuration and of its weight files' headers and sizes."""
     if model_dir in BUILTIN:
         return str(model_dir)
     digest = hashlib.sha256()
@@ -488,8 +461,7 @@ def fingerprint(model_dir):
 
 
 def check_folder(args, settings):
-    """The name of the output folder. Another run's is refused, and so are settings that a resumed
-    run did not begin with."""
+    """The output folder's name. ValueError for another run's, and for settings changed since."""
     if args.out is None:
         stem, number = Path(args.model.split(":")[-1]).name, 1
         while (Path("out") / f"{stem}-{number}").exists():
@@ -502,11 +474,11 @@ def check_folder(args, settings):
     if not out.exists() or all(p.name == "settings.json.tmp" for p in out.iterdir()):
         return args.out
     if not file.exists():
-        raise ValueError(f"--out {out} is not empty and holds no run of train.py: choose another "
-                         f"folder")
+        raise ValueError(f"--out {out} is not empty and holds no run of train.py: "
+                         "choose another folder")
     if not args.resume:
-        raise ValueError(f"--out {out} holds another run: choose another folder, or continue it "
-                         f"with --resume")
+        raise ValueError(f"--out {out} holds another run: "
+                         "choose another folder, or continue it with --resume")
     try:
         before = json.loads(file.read_text())
         changed = [f"{k} (was {before.get(k)}, is {v})"
@@ -533,13 +505,12 @@ def same_everywhere(settings):
     for rank, other in enumerate(seen):
         if other != seen[0]:
             keys = [k for k in settings if other[k] != seen[0][k]]
-            raise on_every_rank(ValueError(f"rank {rank} sees another {', '.join(keys)} than rank "
-                                           f"0: give every node the same files"))
+            raise on_every_rank(ValueError(f"rank {rank} sees another {', '.join(keys)} than "
+                                           "rank 0: give every node the same files"))
 
 
 class Log:
-    """Rank 0's record of a run: metrics.jsonl, with every step once, the progress bar, and
-    tensorboard if installed."""
+    """Rank 0's record: metrics.jsonl, every step once; progress bar; tensorboard if installed."""
 
     def __init__(self, out, args, step, num_steps, world_size, device):
         self.path, self.args = out / "metrics.jsonl", args
@@ -551,7 +522,7 @@ class Log:
         self.lines = [line for line in self.lines if line["step"] < step]
         if [line["step"] for line in self.lines] != list(range(step)):
             raise ValueError(f"{self.path} lacks steps before {step}, where the checkpoint "
-                             f"continues: restore it")
+                             "continues: restore it")
         write_durably(self.path, [json.dumps(line).encode() + b"\n" for line in self.lines])
         self.file = open(self.path, "a")
         self.bar = tqdm(total=num_steps, initial=step, desc="training", unit="step")
@@ -568,16 +539,15 @@ class Log:
 
     def write(self, line, flops):
         """Adds one step. Returns whether it could be written."""
-        seconds, on_gpu = line["seconds"], self.device.type == "cuda"
+        seconds = line["seconds"]
         line |= dict(tokens_per_second=line["num_target_tokens"] / seconds,
                      raw_tokens_per_second=line["num_tokens"] / seconds,
                      mfu=flops / (seconds * self.world_size * self.peak) if self.peak else None,
-                     world_size=self.world_size,
-                     memory_gib=peak_memory(self.device) / 2 ** 30)
+                     world_size=self.world_size, memory_gib=peak_memory(self.device) / 2 ** 30)
         self.lines.append(line)
         shown = dict(loss=f"{line['loss']:.4f}", lr=f"{line['learning_rate']:.2e}",
                      tok_s=f"{line['tokens_per_second']:,.0f}")
-        if on_gpu:
+        if self.device.type == "cuda":
             shown |= dict(mfu=f"{line['mfu']:.1%}" if self.peak else "?",
                           mem=f"{line['memory_gib']:.1f}G",
                           cost=f"${self.gpu_hours * self.args.dollars_per_gpu_hour:.2f}")
@@ -612,8 +582,7 @@ def peak_memory(device):
 
 
 def peak_flops(device):
-    """Floating-point operations a second that this GPU's data sheet names for bf16; None if it is
-    not in the table."""
+    """FLOP/s in bf16 that this GPU's data sheet names; None if it is not in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -621,16 +590,14 @@ def peak_flops(device):
 
 
 def check_disk(out, num_parameters, keep, dtype):
-    """Warns if the checkpoints to come (one more than kept, while it is written) and the export
-    will not fit."""
+    """Warns if the checkpoints to come (one more while it is written) and the export do not fit."""
     checkpoint, export = 12 * num_parameters, dtype.itemsize * num_parameters
     held = sum(f.stat().st_size for f in (out / "checkpoints").rglob("*") if f.is_file())
     needed, free = (keep + 1) * checkpoint + export - held, shutil.disk_usage(out).free
     if needed > free:
         print(f"warning: {out} will need {needed / 1e9:.1f} GB ({keep + 1} checkpoints of "
-              f"{checkpoint / 1e9:.1f} GB, export "
-              f"{export / 1e9:.1f} GB), the disk has {free / 1e9:.1f} GB free: lower "
-              f"--keep_checkpoints", file=sys.stderr)
+              f"{checkpoint / 1e9:.1f} GB, export {export / 1e9:.1f} GB), the disk has "
+              f"{free / 1e9:.1f} GB free: lower --keep_checkpoints", file=sys.stderr)
 
 
 def generation_config(model_dir, end_token_id, pad_token_id):
@@ -647,8 +614,7 @@ def generation_config(model_dir, end_token_id, pad_token_id):
 
 
 def export(out, model, tokenizer, generation, dtype):
-    """Writes the Hugging Face folder: weights, configuration, tokenizer, generation_config.
-    Collective."""
+    """Writes the Hugging Face folder: weights, configurations, tokenizer. Collective."""
     model.config = dataclasses.replace(model.config, eos_token_id=generation["eos_token_id"][0])
     model.save_pretrained(out, dtype=dtype)
 
@@ -667,12 +633,12 @@ def write_run(out, args, settings, rows, config, log):
     except OSError:  # no git here
         git = ""
     on_gpu = log.device.type == "cuda"
+    dollars = log.gpu_hours * args.dollars_per_gpu_hour
     run = {"arguments": vars(args), "settings": settings, "config": dataclasses.asdict(config),
            "rows": rows.counts, "num_steps": len(log.lines), "final_loss": log.lines[-1]["loss"],
            "world_size": log.world_size,
            "device": torch.cuda.get_device_name(log.device) if on_gpu else "cpu",
-           "gpu_hours": log.gpu_hours if on_gpu else 0.0,
-           "dollars": log.gpu_hours * args.dollars_per_gpu_hour if on_gpu else 0.0,
+           "gpu_hours": log.gpu_hours if on_gpu else 0.0, "dollars": dollars if on_gpu else 0.0,
            "process_hours": log.gpu_hours,
            "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                         "numpy": np.__version__},
@@ -689,8 +655,8 @@ def draw_loss(path, losses, width=720, height=360, margin=64):
         return " ".join(f"{margin + i * (width - 2 * margin) / max(1, len(values) - 1):.1f},"
                         f"{margin + (high - v) * (height - 2 * margin) / (high - low):.1f}"
                         for i, v in enumerate(values))
-    smooth = [sum(losses[max(0, i - 9):i + 1]) / len(losses[max(0, i - 9):i + 1])
-              for i in range(len(losses))]
+    windows = [losses[max(0, i - 9):i + 1] for i in range(len(losses))]
+    smooth = [sum(window) / len(window) for window in windows]
     labels = [(4, margin + 4, f"{high:.3g}"), (4, height - margin + 4, f"{low:.3g}"),
               (margin, height - 16, "step 0"),
               (width - margin - 40, height - 16, str(len(losses) - 1)),
@@ -703,8 +669,8 @@ def draw_loss(path, losses, width=720, height=360, margin=64):
         'stroke="black"/>'
         f'<polyline points="{points(losses)}" fill="none" stroke="#bbb"/>'
         f'<polyline points="{points(smooth)}" fill="none" stroke="#1f5fbf" stroke-width="2"/>'
-        + "".join(f'<text x="{x}" y="{y}">{text}</text>'
-                  for x, y, text in labels) + "</svg>\n").encode()])
+        + "".join(f'<text x="{x}" y="{y}">{text}</text>' for x, y, text in labels)
+        + "</svg>\n").encode()])
 
 
 # ----------------------------------------------------------------------------------- the inner loop
@@ -760,11 +726,9 @@ def held_out_loss(model, rows, args, device):
 
 
 def refuse_step(step, rows, mine, losses, grad_norm):
-    """Ends a run whose loss or gradient is not finite, before it spoils the weights; names the
-    rows. Collective."""
-    names = [rows.where(i)
-             for documents, loss in zip(mine, losses.tolist()) if not math.isfinite(loss)
-             for i in documents]
+    """ValueError for a loss or gradient that is not finite, with the rows' names. Collective."""
+    names = [rows.where(i) for documents, loss in zip(mine, losses.tolist())
+             if not math.isfinite(loss) for i in documents]
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, names)
     names = [name for several in gathered for name in several]
@@ -773,7 +737,7 @@ def refuse_step(step, rows, mine, losses, grad_norm):
         where = f"on rows {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
     raise on_every_rank(ValueError(
         f"the loss is not finite at step {step} {where}: the step is not taken; mend these rows or "
-        f"lower --learning_rate, and begin a run with another --out"))
+        "lower --learning_rate, and begin a run with another --out"))
 
 
 def load_data(args, config, tokenizer):
@@ -781,12 +745,12 @@ def load_data(args, config, tokenizer):
     loaded = []
     for names in (args.data, args.eval_data):
         rows = names and data.load_rows(names, tokenizer, args.max_seq_len, args.end_token,
-                                        args.system, args.as_published,
-                                        args.cache, quiet=int(os.environ.get("RANK", 0)) != 0)
+                                        args.system, args.as_published, args.cache,
+                                        quiet=int(os.environ.get("RANK", 0)) != 0)
         if rows and rows.tokens.max() >= config.vocab_size:
             raise ValueError(f"{', '.join(names)}: token id {rows.tokens.max()} is beyond the "
-                             f"model's vocabulary of "
-                             f"{config.vocab_size}: is the tokenizer in {args.model} this model's?")
+                             f"model's vocabulary of {config.vocab_size}: is the tokenizer in "
+                             f"{args.model} this model's?")
         loaded.append(rows)
     return loaded
 
@@ -881,8 +845,7 @@ def parse_gpus(text):
 def plan_data(rows, args, config, num_steps, world_size, most=40):
     """The batches of a run, all counted and `most` of them, evenly spread, really packed: a dict of
     the run's flops and tokens, and of means over the packed steps."""
-    costs = {int(n): config.train_flops(int(n)) for n in set(rows.lengths)}
-    costs = [costs[n] for n in rows.lengths.tolist()]  # whole numbers: their sums are exact
+    costs = [config.train_flops(n) for n in rows.lengths.tolist()]  # integers: exact sums
     flops, tokens, micro_steps, filled, imbalance = 0, 0, [], [], []
     packed_steps = {i * num_steps // min(most, num_steps) for i in range(most)}
     for step in range(num_steps):
@@ -900,8 +863,9 @@ def plan_data(rows, args, config, num_steps, world_size, most=40):
 
 def executed_flops(config, flops, tokens, recompute):
     """With the blocks' second forward pass, a third of theirs; the loss is not computed again."""
-    return flops if recompute == "none" else flops * 4 / 3 - 2 * config.vocab_size \
-        * config.hidden_size * tokens
+    if recompute == "none":
+        return flops
+    return flops * 4 / 3 - 2 * config.vocab_size * config.hidden_size * tokens
 
 
 def step_traffic(config, world_size, shard_size, gpus, link, exchanges, width):
@@ -941,16 +905,15 @@ def print_memory(choices, chosen, total):
     def row(name, cells):
         cells = [c if isinstance(c, str) else f"{c / 2 ** 30:.1f}" for c in cells]
         print((f"{name:27}" + "".join(f"{cell:>10}" for cell in cells)).rstrip())
-    sums = [sum(lines.values()) + (1 - MEMORY_SHARE["cuda"]) * total for lines in choices.values()]
+    reserve = (1 - MEMORY_SHARE["cuda"]) * total  # CUDA, NCCL, what the allocator cannot use
+    sums = [sum(lines.values()) + reserve for lines in choices.values()]
     row("GiB a GPU, at its peak", [])
     row("  --recompute", [recompute for recompute, _ in choices])
     row("  --offload", [{"activations": "activat.", "parameters": "param."}.get(offload, offload)
                         for _, offload in choices])
     for name in next(iter(choices.values())):
         row("  " + name, [lines[name] for lines in choices.values()])
-    # the context of CUDA, NCCL, what the allocator cannot use
-    row(f"  reserve, {1 - MEMORY_SHARE['cuda']:.0%} of the GPU",
-        [(1 - MEMORY_SHARE["cuda"]) * total] * len(sums))
+    row(f"  reserve, {1 - MEMORY_SHARE['cuda']:.0%} of the GPU", [reserve] * len(sums))
     row("  sum", sums)
     row(f"  fits into {total / 2 ** 30:.1f}",
         ["no" if size >= total else "chosen" if choice == chosen else "yes"
@@ -975,14 +938,14 @@ def print_cost(args, config, plan, num_steps, recompute, traffic, world_size, tf
     dollars = hours * world_size * args.dollars_per_gpu_hour
     print(f"\na step: {plan['flops'] / num_steps:.2e} FLOP, {executed / num_steps:.2e} with what "
           f"is computed again: {hours * 3600 / num_steps:.1f} s at an MFU\n  of {args.mfu:.0%}; a "
-          f"GPU sends meanwhile, at the full speed of its links")
+          "GPU sends meanwhile, at the full speed of its links")
     for what, size, speed, where in traffic:
         print(f"    {what:34}{size / 1e9:9.2f} GB{size / 1e9 / speed:8.2f} s at {speed} GB/s "
               f"{where}")
     print(f"the run: {plan['flops']:.2e} FLOP, {hours:.2f} hours, {hours * world_size:.1f} "
           f"GPU-hours, {dollars:,.2f} dollars at {args.dollars_per_gpu_hour} an hour\n"
           f"  An MFU of {args.mfu:.0%} is assumed (--mfu), not measured here; torchtitan reports "
-          f"33 to 39 %\n  for FSDP of an 8B on H100. Loading, saving and export are not counted.")
+          "33 to 39 %\n  for FSDP of an 8B on H100. Loading, saving and export are not counted.")
     same_count = plan["flops"] / (PUBLISHED["gpu_hours"] * 3600 * GPUS["H100"][0] * 1e12)
     print("Sky-T1-32B-Preview: 19 h, 152 GPU-hours, 450 dollars as published"
           + (f", {same_count:.1%} MFU by this count"
@@ -1020,7 +983,7 @@ def print_plan(args):
     if missing >= 0:
         raise ValueError(f"{args.plan} does not fit: the leanest of these choices lacks "
                          f"{missing / 2 ** 30:.1f} GiB a GPU; take more GPUs, a lower "
-                         f"--max_seq_len, or --recompute auto --offload auto")
+                         "--max_seq_len, or --recompute auto --offload auto")
 
 
 def main():
@@ -1052,9 +1015,8 @@ def main():
     if is_finished:
         say(f"{out} is finished: nothing to do")
         return
-    generation = agreed(generation_config, model_dir,
-                        tokenizer.token_id(args.end_token or tokenizer.end_token),
-                        tokenizer.pad_token_id)
+    end_token_id = tokenizer.token_id(args.end_token or tokenizer.end_token)
+    generation = agreed(generation_config, model_dir, end_token_id, tokenizer.pad_token_id)
     num_steps = run_length(args, len(rows))
     warmup_steps = math.ceil(args.warmup_ratio * num_steps)
 
@@ -1082,7 +1044,7 @@ def main():
                     "tokens": int(rows.lengths.sum())}, indent=2))
     if rank == 0:
         check_disk(out, num_parameters, args.keep_checkpoints, getattr(torch, args.dtype))
-    log = agreed(lambda: Log(out, args, step, num_steps, world_size, device) if rank == 0 else None)
+    log = agreed(Log, out, args, step, num_steps, world_size, device, here=rank == 0)
 
     # 5. the loop
     interrupt, stop = Interrupt(), False
@@ -1114,8 +1076,7 @@ def main():
                     num_target_tokens=num_targets, num_tokens=num_tokens, micro_steps=len(packed),
                     seconds=time.perf_counter() - start)
         saving = step % args.save_steps == 0 or step == num_steps or stop
-        # an interrupted run may have little time left
-        if saving and eval_rows is not None and not stop:
+        if saving and eval_rows is not None and not stop:  # stopped: little time may be left
             line["eval_loss"] = held_out_loss(model, eval_rows, args, device)
         if log is not None:
             interrupt.wanted |= not log.write(line, flops)

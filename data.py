@@ -224,7 +224,6 @@ def render_chat(messages, add_generation_prompt=False, template=None, bos_token=
     """The text of a conversation by a template (jinja2 source), by default Qwen2.5-Instruct's with
     its default system turn. ValueError for messages or a template that cannot be rendered."""
     if template is not None:
-        import jinja2
         try:
             return compiled_template(template).render(
                 messages=messages, add_generation_prompt=add_generation_prompt,
@@ -1351,6 +1350,8 @@ def one_line_errors(main):
         rank, everywhere = int(os.environ.get("RANK", 0)), getattr(error, "everywhere", False)
         if rank > 0:  # torchrun ends the others as soon as one has ended: rank 0 speaks first
             time.sleep(3 if everywhere else 10)
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # the error has a line of its own
         if rank == 0 or not everywhere:
             of_file = getattr(error, "filename", None)
             text = f"{of_file}: {error.strerror}" if of_file else str(error)

@@ -88,9 +88,14 @@ class Qwen2Config:
                                     "--model wants a folder in Hugging Face layout")
         try:
             raw = json.loads(path.read_text())
-            assert isinstance(raw, dict)
-        except (ValueError, AssertionError) as error:
+            if not isinstance(raw, dict):
+                raise ValueError(f"it begins {str(raw)[:20]}")
+        except ValueError as error:
             raise ValueError(f"{path} is not a JSON object ({error}): download it again") from None
+        kinds = {"rope_parameters": dict, "rope_scaling": dict, "layer_types": list}
+        for name, kind in kinds.items():
+            if not isinstance(raw.get(name) or kind(), kind):
+                raise ValueError(f"{path}: {name} is {raw[name]!r}, must be a {kind.__name__}")
         rope = raw.get("rope_parameters") or {}
         refuse_unsupported(path, raw, rope)
         raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta))
@@ -526,20 +531,26 @@ def open_safetensors(path):
                          "download it again") from None
 
 
+def checked_files(model, model_dir):
+    """The file of each tensor by name; ValueError unless the names are exactly the model's."""
+    files, wanted = weight_files(model_dir), {name for name, _ in model.named_parameters()}
+    # some tied checkpoints repeat the embedding under this name
+    if model.config.tie_word_embeddings:
+        files.pop("lm_head.weight", None)
+    for problem, names in (("lacks", wanted - files.keys()),
+                           ("has unexpected", files.keys() - wanted)):
+        if names:
+            raise ValueError(f"{model_dir} {problem} {len(names)} tensors, such as {min(names)}: "
+                             "are config.json and the weights of one model?")
+    return files
+
+
 @torch.no_grad()
 def load_weights(model, model_dir):
     """Fills the parameters, strictly. Each process reads only its own rows, a piece at a time, so
     that host memory never holds more than its shard and READ_BYTES. ValueError, FileNotFoundError:
     missing or unexpected names, wrong shapes or types, truncated or missing files."""
-    files, parameters = weight_files(model_dir), dict(model.named_parameters())
-    # some tied checkpoints repeat the embedding under this name
-    if model.config.tie_word_embeddings:
-        files.pop("lm_head.weight", None)
-    for problem, names in (("lacks", parameters.keys() - files.keys()),
-                           ("has unexpected", files.keys() - parameters.keys())):
-        if names:
-            raise ValueError(f"{model_dir} {problem} {len(names)} tensors, such as {min(names)}: "
-                             "are config.json and the weights of one model?")
+    files, parameters = checked_files(model, model_dir), dict(model.named_parameters())
     for path in sorted(set(files.values())):
         with open_safetensors(path) as file:
             present = set(file.keys())
@@ -652,4 +663,5 @@ def together(write, gathered=()):
         dist.broadcast_object_list(errors)
         error = errors[0]
     if error is not None:
+        error.everywhere = True  # rank 0 alone tells it (data.one_line_errors)
         raise error

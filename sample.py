@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import data
 from data import TAGS
-from model import (KeyValueCache, Qwen2, Qwen2Config, open_safetensors, rotate, weight_files,
+from model import (KeyValueCache, Qwen2, Qwen2Config, checked_files, open_safetensors, rotate,
                    write_durably)
 
 SLOTS = {"cpu": 16, "cuda": 64}     # rows of a batch, where memory has room for so many
@@ -50,7 +50,7 @@ FIRST = (128, 1024)                 # tokens tried before all others (few_first)
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32)
 VERDICT_FIELDS = ("passed", "extracted", "reason")
 RESULT_FIELDS = ("sample", "response", "finish_reason", "num_tokens", "model", "original",
-                 *VERDICT_FIELDS)
+                 "rewriter", *VERDICT_FIELDS)
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -516,9 +516,7 @@ def load_split(model_dir, dtype, device, rank, world_size):
                              f"{getattr(config, name)}")
     with torch.device("meta"):
         model = Qwen2(config).to(dtype)
-    files = weight_files(model_dir)
-    if missing := [name for name, _ in model.named_parameters() if name not in files]:
-        raise ValueError(f"{model_dir} lacks the weights {', '.join(missing[:3])}")
+    files = checked_files(model, model_dir)
     for name, parameter in list(model.named_parameters()):
         axis = (1 if name.endswith(("o_proj.weight", "down_proj.weight"))
                 else 0 if re.search(r"(q|k|v|gate|up)_proj\.", name) else None)
@@ -732,6 +730,8 @@ class Endpoint:
     def __init__(self, args):
         self.args, self.url = args, args.endpoint.rstrip("/") + "/chat/completions"
         self.headers = {"Content-Type": "application/json"}
+        # OpenAI's reasoning models refuse the old name, older servers do not know the new one
+        self.limit = "max_completion_tokens" if "api.openai.com" in self.url else "max_tokens"
         if key := os.environ.get("OPENAI_API_KEY", "").strip():
             if not (key.isascii() and key.isprintable()):
                 raise ValueError("OPENAI_API_KEY holds characters that no key has")
@@ -740,7 +740,7 @@ class Endpoint:
 
     def answers(self, jobs, told):
         """As Local.answers, --concurrency requests at a time. An error ends all, after what others
-        have answered; refused requests do so if they are most, else are told at the end."""
+        have answered; refused requests do so if none was answered, else are told at the end."""
         start, tokens, answered, refused = time.monotonic(), 0, 0, []
         jobs, pending, error = iter(jobs), set(), None
         with futures.ThreadPoolExecutor(self.args.concurrency) as threads:
@@ -762,7 +762,7 @@ class Endpoint:
                     problem = future.exception()
                     if isinstance(problem, Refused):
                         refused.append(problem)
-                        if len(refused) <= answered + self.args.concurrency:
+                        if answered or len(refused) <= self.args.concurrency:
                             continue
                     if problem:
                         error = error or problem
@@ -781,7 +781,7 @@ class Endpoint:
         """One job's result as `answers` yields it; ValueError for a reply in another form."""
         args = self.args
         body = {"model": args.endpoint_model, "messages": job.messages, "top_p": args.top_p,
-                "temperature": args.temperature, "max_tokens": args.max_new_tokens,
+                "temperature": args.temperature, self.limit: args.max_new_tokens,
                 "seed": stream_key(args.seed, job.stream) & 0x7FFFFFFF}
         # not OpenAI's own, so sent only where they say something
         body |= {name: value for name, value, default in (
@@ -798,8 +798,13 @@ class Endpoint:
             tokens = tokens if isinstance(tokens, int) else None
         except (KeyError, IndexError, TypeError, AttributeError):
             raise ValueError(f"{self.url} answers in no form of chat completions: "
-                             f"{json.dumps(reply)[:200]}") from None
+                             f"{self.without_key(json.dumps(reply))[:200]}") from None
         return job, cut(text, args.stop), "length" if reason == "length" else "stop", tokens
+
+    def without_key(self, text):
+        """What a server said, which may repeat what it was sent."""
+        key = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        return text.replace(key, "(key)") if key else text
 
     def post(self, body):
         """The server's JSON; a busy, failing or silent one is asked again at growing intervals."""
@@ -812,13 +817,13 @@ class Endpoint:
                     return json.loads(reply.read())
             except urllib.error.HTTPError as error:
                 self.reached = True
-                problem = f"status {error.code} {said(error)}"
+                problem = f"status {error.code} {self.without_key(said(error))[:300]}"
                 if error.code != 429 and error.code < 500:
                     hint = ": is OPENAI_API_KEY right?" if error.code in (401, 403) else ""
                     kind = Refused if error.code in (400, 413, 422) else ValueError
                     raise kind(f"{self.url}: {problem}{hint}") from None
                 after = error.headers.get("Retry-After") or ""
-                asked = min(int(after), 120) if after.isdigit() else 0
+                asked = min(int(after), 120) if after.isdecimal() else 0
             except (OSError, http.client.HTTPException, json.JSONDecodeError, UnicodeDecodeError,
                     RecursionError) as error:
                 reason = getattr(error, "reason", error)
@@ -836,7 +841,7 @@ class Endpoint:
 def said(error):
     """The start of what a server says beside an error's status."""
     try:
-        return error.read(300).decode("utf-8", "replace")
+        return error.read(2 ** 16).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):
         return ""
 
@@ -932,7 +937,8 @@ def rewritten(job, text, reason, tokens, name):
 
 
 def labelled(job, text, reason, tokens, name):
-    grades = re.findall(r"\b(10|[1-9])\b", text)
+    text = re.sub(r"\b1\s*(-|–|to)\s*10\b|(/|out of)\s*10\b", "", text)  # the scale
+    grades = re.findall(r"(?<![\d.])(10|[1-9])(?:\.\d+)?(?!\d)", text)
     return job.row | {"difficulty": int(grades[-1]) if grades else None}
 
 
@@ -1285,7 +1291,8 @@ def main():
     if args.rewrite and args.rewriter == "rule":
         return rewrite_by_rule(args) if rank == 0 else None
     barrier = dist.barrier if store else lambda: None
-    args.dtype = args.dtype or ("bfloat16" if device != "cpu" else "float32")
+    if args.model:
+        args.dtype = args.dtype or ("bfloat16" if device != "cpu" else "float32")
     args.system = args.system or ("skyt1" if args.problems else "none")
     if args.max_new_tokens is None:
         args.max_new_tokens = 16384

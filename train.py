@@ -14,7 +14,6 @@ token losses and divides once, by the batch's target tokens.
 Sources: the recipe of Sky-T1 (novasky-ai.github.io/posts/sky-t1); transformers' cosine schedule;
 AdamW (arXiv 1711.05101); FSDP (2304.11277). Limits: data parallel only.
 """
-import argparse
 import contextlib
 import ctypes
 import dataclasses
@@ -77,7 +76,7 @@ MEMORY_SHARE = {"cuda": 0.88, "cpu": 0.5}
 def parse_arguments():
     """The flags, with the recipe's defaults or the built-in model's."""
     its_own = ", ".join(f"{k} {v}" for k, v in BUILTIN_DEFAULTS.items())
-    parser = argparse.ArgumentParser(
+    parser = data.ArgumentParser(
         description="Fine-tunes a Qwen2. The defaults are the recipe of Sky-T1-32B-Preview; "
                     f"builtin:tiny has its own: {its_own}")
 
@@ -128,6 +127,8 @@ def parse_arguments():
     add("--mfu", "share of the GPUs' peak that --plan counts with", type=float, default=0.35)
     if parser.parse_known_args()[0].model in BUILTIN:
         parser.set_defaults(**BUILTIN_DEFAULTS)
+        if any(flag.startswith("--num_train_epochs") for flag in sys.argv):
+            parser.set_defaults(max_steps=0)  # else they would cut the epochs short
     args = parser.parse_args()
     check_arguments(args)
     if args.as_published and not args.end_token:
@@ -144,6 +145,8 @@ def check_arguments(args):
     if not 0 <= args.warmup_ratio <= 1 or args.max_steps < 0 or args.shard_size < 0:
         raise ValueError(f"--warmup_ratio {args.warmup_ratio} must be 0 to 1, --max_steps "
                          f"{args.max_steps} and --shard_size {args.shard_size} at least 0")
+    if not 0 <= args.seed < 2 ** 32:
+        raise ValueError(f"--seed {args.seed}: must be 0 to {2 ** 32 - 1}")
     if args.resume and not args.out:
         raise ValueError("--resume continues the run of a folder: name it with --out")
     if args.offload == "activations" and args.recompute == "none":
@@ -410,7 +413,8 @@ def clear_unfinished(folder):
 
 def checkpoints(folder):
     """The complete checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name))
+    return sorted((p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)),
+                  key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def load_checkpoint(path, model, optimizer, settings):
@@ -420,6 +424,7 @@ def load_checkpoint(path, model, optimizer, settings):
         state = json.loads((path / "state.json").read_text())
         if state["settings"] != settings:
             raise ValueError("its settings are another run's")
+        step = int(state["step"])
         dcp.load(tensors, checkpoint_id=path)
     except (OSError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError,
             dcp.api.CheckpointException) as error:
@@ -429,8 +434,8 @@ def load_checkpoint(path, model, optimizer, settings):
         raise ValueError(f"{path} is broken or of another model ({type(reason).__name__}: "
                          f"{str(reason)[:200]}): remove it to continue from an older one") from None
     for parameter in model.parameters():
-        optimizer.state[parameter]["step"].fill_(state["step"])
-    return state["step"]
+        optimizer.state[parameter]["step"].fill_(step)
+    return step
 
 
 # ------------------------------------------------------------------------------------ output folder
@@ -1021,7 +1026,9 @@ def main():
     warmup_steps = math.ceil(args.warmup_ratio * num_steps)
 
     # 3. model and optimizer
-    memory = available_memory(device)
+    memory = torch.tensor(available_memory(device), dtype=torch.float64, device=device)
+    dist.all_reduce(memory, dist.ReduceOp.MIN)  # all ranks must choose alike
+    memory = memory.item()
     args.recompute, args.offload = choose_memory(config, args, shard_size, memory, device.type,
                                                  world_size)
     model, keep_gathered = build_model(args, config, mesh, device, memory)

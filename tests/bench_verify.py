@@ -40,8 +40,8 @@ def score(name, pairs, grade):
         late += times[-1] >= 5
     right = 100 * (1 - (accepts + rejects) / len(pairs))
     print(f"{name:12} {len(pairs)} pairs: {right:.1f} % right, {accepts} wrong accepts, "
-          f"{rejects} wrong rejects, {late} late; median {1e3 * statistics.median(times):.3f} ms, mean "
-          f"{1e3 * statistics.mean(times):.3f} ms, {len(pairs) / sum(times):.0f} a second")
+          f"{rejects} wrong rejects, {late} late; median {1e3 * statistics.median(times):.3f} ms, "
+          f"mean {1e3 * statistics.mean(times):.3f} ms, {len(pairs) / sum(times):.0f} a second")
     return statistics.median(times), statistics.mean(times)
 
 

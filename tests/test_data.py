@@ -272,7 +272,7 @@ BROKEN = {
               "a.jsonl:1: `tests` must be"),
     "not passed": (lines({"prompt": "p", "response": "r", "passed": False}),
                    "a.jsonl:1: a sample that did not pass"),
-    "half a character": (br'{"prompt": "p", "response": "\ud800"}', "a.jsonl:1: `response`"),
+    "half a character of a response": (br'{"prompt": "p", "response": "\ud800"}', "a.jsonl:1: `response`"),
     "nested": (b"[" * 100_000, "a.jsonl:1: broken JSON"),
     "endless number": (b"[1" + b"0" * 5000 + b"]", "a.jsonl:1: broken JSON"),
     "no object": (lines(SHAREGPT, [1]), "a.jsonl:2: a row must be an object"),
@@ -949,8 +949,8 @@ def test_a_refused_decontamination_leaves_everything_as_it_was(tmp_path):
     rows.write_text(json.dumps({"problem": "one two three four", "answer": "5"}) + "\n")
     broken.write_text(rows.read_text() + "{\n")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    for names, out in (([broken], "out"), ([tmp_path / "none.jsonl"], "out"), ([rows], "rows.jsonl"),
-                       ([rows], ".")):
+    for names, out in (([broken], "out"), ([tmp_path / "none.jsonl"], "out"),
+                       ([rows], "rows.jsonl"), ([rows], ".")):
         with pytest.raises((ValueError, OSError)):
             data.decontaminate(list(map(str, names)), [str(rows)], tmp_path / out, 8)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

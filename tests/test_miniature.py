@@ -33,9 +33,10 @@ def test_the_miniature_runs_from_base_to_table(tmp_path):
     for large, small in SMALLER:
         script, count = re.subn(large, small, script)
         assert count, f"README's miniature has no {large}"
-    done = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=900, env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}",
-                                            "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)})
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+                   "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").open()]
     assert rows and all(row["response"].startswith("<|begin_of_thought|>") for row in rows)

@@ -63,6 +63,8 @@ def test_config_refuses_what_is_not_built_by_field_and_value(tmp_path, field, va
                                                      for k, v in RAW.items()
                                                      if k != "hidden_size"}), "hidden_size"),
                                         (json.dumps({**RAW, "hidden_size": 66}), "not divisible"),
+                                        (json.dumps({**RAW, "layer_types": 5}), "layer_types is 5"),
+                                        (json.dumps({**RAW, "rope_scaling": "x"}), "be a dict"),
                                         (json.dumps({**RAW, "vocab_size": "many"}),
                                          "vocab_size is 'many'")])
 def test_a_broken_config_is_named(tmp_path, text, says):

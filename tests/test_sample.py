@@ -325,7 +325,7 @@ def test_a_refused_run_leaves_nothing(model_dir, problems, tmp_path, monkeypatch
     shutil.copytree(model_dir, broken)
     (broken / "generation_config.json").write_text("[]")
     odd.write_text('{"source": ["a"], "id": 1, "response": "x"}\n')
-    asks = ["--model", model_dir, "--problems", problems]
+    asks = ["--model", model_dir, "--problems", problems, "--system", "none"]
     before = sorted(tmp_path.rglob("*"))
     for flags, said in (
             (["--model", tmp_path / "none", "--problems", problems, "--max_new_tokens", 5], "none"),
@@ -333,9 +333,9 @@ def test_a_refused_run_leaves_nothing(model_dir, problems, tmp_path, monkeypatch
             ([*asks, "--max_new_tokens", 100_000], "positions"),
             ([*asks, "--max_batch_tokens", 3], "max_batch_tokens"),
             ([*asks, "--prompt", "x"], "name one"), ([*asks, "--top_p", 2], "--top_p above 0"),
-            ([*asks, "--n", "x"], "invalid int value"), ([*asks, "--system", "\udcff"], "half a char"),
+            ([*asks, "--n", "x"], "invalid int"), ([*asks, "--system", "\udcff"], "half a char"),
             (["--model", model_dir, "--rewrite", odd], "odd.jsonl:1: a sample needs `source`"),
-            (["--endpoint", "nowhere", "--endpoint_model", "m", "--problems", problems], "nowhere")):
+            (["--problems", problems, "--endpoint", "x", "--endpoint_model", "m"], "unknown url")):
         with pytest.raises((ValueError, OSError), match=said):
             call(monkeypatch, *flags, "--out", tmp_path / "out.jsonl")
         assert sorted(tmp_path.rglob("*")) == before, said
@@ -365,8 +365,8 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
         with self.lock:
             type(self).asked += 1
             turn = self.asked % 6
-        if body["model"] == "locked":
-            self.reply(401, b'{"error": "no"}')
+        if body["model"] == "locked":  # and says what it was sent
+            self.reply(401, str(self.headers["Authorization"]).encode() * 30)
         elif body["model"] == "narrow" and 7 * "1+" in body["messages"][-1]["content"]:
             self.reply(400, b"too long")
         elif body["model"] == "wrong":
@@ -496,8 +496,10 @@ def test_the_key_is_neither_shown_nor_sent_on(problems, tmp_path, monkeypatch):
 
 def test_a_wrong_key_and_no_server_are_one_line(server, problems, tmp_path, monkeypatch):
     flags = ["--problems", problems, "--out", tmp_path / "out.jsonl", "--endpoint_model"]
-    with pytest.raises(ValueError, match="OPENAI_API_KEY"):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with pytest.raises(ValueError, match="status 401 Bearer .key.*OPENAI_API_KEY") as error:
         call(monkeypatch, *flags, "locked", "--endpoint", server)
+    assert "sk-" not in str(error.value)
     with pytest.raises(ValueError, match="cannot be reached .*is the server running"):
         call(monkeypatch, *flags, "m", "--endpoint", "http://127.0.0.1:9/v1", "--out",
              tmp_path / "other.jsonl")
@@ -522,6 +524,14 @@ def test_difficulty_is_labelled_and_problems_are_chosen_by_it(server, problems, 
     call(monkeypatch, *endpoint, "--problems", out, "--min_difficulty", 7, "--out",
          tmp_path / "graded_alone.jsonl")
     assert len(rows_of(tmp_path / "graded_alone.jsonl")) == 11
+
+
+@pytest.mark.parametrize("text, grade", [
+    ("7", 7), ("10", 10), ("7/10", 7), ("7 out of 10", 7), ("Difficulty: 6 (scale 1-10)", 6),
+    ("8.5", 8), ("I say 3, no, 4.", 4), ("hard", None), ("110", None)])
+def test_a_grade_is_the_last_number_that_is_not_the_scales(text, grade):
+    job = sample.Job([], {"id": "1"}, None)
+    assert sample.labelled(job, text, "stop", 1, "m")["difficulty"] == grade
 
 
 @pytest.mark.parametrize("kind, response, answer", [

@@ -1332,6 +1332,8 @@ def print_packing(rows, config, args):
 
 
 class ArgumentParser(argparse.ArgumentParser):
+    """Its own errors are a ValueError, and so one line, as all others."""
+
     def error(self, message):
         raise ValueError(f"{message} (-h explains the flags)")
 

@@ -976,6 +976,7 @@ def run_jobs(args, answerer, jobs, finish, settings, rank, barrier, store):
 
 
 def answer_jobs(args, answerer, jobs, finish, out, rank, store):
+    """Answers the jobs that `out`, a SampleFile, does not hold, and shows how far it is."""
     left = out.left(jobs)
     if rank == 0 and len(left) < len(jobs):
         print(f"{args.out}: {len(jobs) - len(left):,} of {len(jobs):,} are there already",

@@ -83,7 +83,6 @@ def parse_arguments():
     def add(name, help, **options):
         shown = "" if options.get("default") is None else f" (default: {options['default']})"
         parser.add_argument(name, help=help + shown, **options)
-
     add("--model", "folder in Hugging Face layout, hub name, or builtin:tiny",
         default="builtin:tiny")
     add("--data", "files, hub data sets, builtin:worked, builtin:bare", nargs="+",

@@ -2678,6 +2678,8 @@ def keep(verified, path, per_problem):
 
 
 class OneLineParser(argparse.ArgumentParser):
+    """Its own errors are BadInput, as all others."""
+
     def error(self, message):
         raise BadInput(f"{message} (-h explains the flags)")
 

@@ -231,6 +231,16 @@ def test_the_held_out_loss_is_the_mean_over_its_targets_and_changes_nothing(run,
                         rel_tol=1e-4)
 
 
+def test_epochs_asked_for_are_not_cut_short_by_the_built_in_models_steps(monkeypatch):
+    def max_steps(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        return train.parse_arguments().max_steps
+    assert max_steps() == 500 and max_steps("--num_train_epochs", "2") == 0
+    assert max_steps("--num_train_epochs=2", "--max_steps", "7") == 7
+    with pytest.raises(ValueError, match="--seed -1"):
+        max_steps("--seed", "-1")
+
+
 @pytest.mark.parametrize("flags",
                          [["--recompute", "none"], ["--recompute", "block"],
                           ["--recompute", "tiled"],

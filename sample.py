@@ -358,19 +358,24 @@ def read_if_there(path):
     return Path(path).read_text() if os.path.exists(path) else ""
 
 
+def weight_bytes(config, dtype, device, ranks=1):
+    """Of one rank's weights; on a CPU a tied head is a copy of its own (see fuse)."""
+    embeddings = config.vocab_size * config.hidden_size
+    one = config.tie_word_embeddings and torch.device(device).type == "cuda"
+    blocks = config.matmul_parameters - embeddings
+    return (blocks / ranks + (1 if one else 2) * embeddings) * dtype.itemsize
+
+
 def check_weights_fit(config, dtype, device, ranks):
     """ValueError if a rank's weights are more than its device has free."""
-    embeddings = config.vocab_size * config.hidden_size
-    whole = embeddings * (1 if config.tie_word_embeddings else 2)
-    blocks = config.matmul_parameters - embeddings
     free, gib = free_memory(device), 2 ** 30
-    wanted = (blocks / ranks + whole) * dtype.itemsize
+    wanted = weight_bytes(config, dtype, device, ranks)
     if wanted <= free:
         return
     remedies = ["--dtype bfloat16"] * (dtype == torch.float32 and wanted / 2 < free)
     if torch.device(device).type == "cuda":
         enough = [n for n in (2, 4, 8, 16) if n > ranks and config.num_key_value_heads % n == 0
-                  and (blocks / n + whole) * dtype.itemsize < free]
+                  and weight_bytes(config, dtype, device, n) < free]
         remedies += [f"--tensor_parallel {n}" for n in enough[:1]]
     remedy = (" or ".join(remedies) + " would fit" if remedies
               else "take a smaller model or an --endpoint")
@@ -431,10 +436,23 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0
 
 # -------------------------------------------------------------------- changing the model's products
 
+def cpu_multiplies_bf16():
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def computed_in(dtype, config, device, slots):
+    """The dtype in place of the one asked for: float32 for bfloat16 on a CPU that has to convert
+    each number of a bf16 product (4 times the time for 16 rows; one row waits for memory anyway),
+    where memory allows."""
+    slow = dtype == "bfloat16" and device == "cpu" and slots > 1 and not cpu_multiplies_bf16()
+    fits = slow and weight_bytes(config, torch.float32, device) < free_memory(device)
+    return "float32" if fits else dtype
+
+
 class Packed(torch.nn.Module):
-    """A linear layer in bf16 on a CPU, its weight kept in the order in which oneDNN multiplies:
-    F.linear has it rearranged in each call (1.4 times the time). The operators are those that
-    torch.compile puts in F.linear's place."""
+    """A linear layer on a CPU, its weight kept in the order in which oneDNN multiplies: F.linear has
+    it rearranged in each call, or leaves the product to MKL (1.4 to 1.6 times the time for 16 rows).
+    The operators are those that torch.compile puts in F.linear's place."""
 
     def __init__(self, weight, bias=None):
         super().__init__()
@@ -448,11 +466,11 @@ class Packed(torch.nn.Module):
 @torch.no_grad()
 def fuse(model):
     """One product for q, k and v, and one for gate and up, and one rotation: fewer, larger calls.
-    The parameters become views of the joined weights, so that nothing is stored twice. In bf16 on a
-    CPU weights are `Packed` and the parameters let go; a tied head is then stored twice."""
+    The parameters become views of the joined weights, so that nothing is stored twice. On a CPU
+    weights are `Packed` and the parameters let go; a tied head is then stored twice."""
     parameter = next(model.parameters())
-    packs = (parameter.device.type == "cpu" and parameter.dtype == torch.bfloat16
-             and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    packs = parameter.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
+        parameter.dtype == torch.float32 or cpu_multiplies_bf16())
 
     def join(*layers):
         sizes, joined = [len(layer.weight) for layer in layers], {}
@@ -1292,15 +1310,19 @@ def main():
     if args.rewrite and args.rewriter == "rule":
         return rewrite_by_rule(args) if rank == 0 else None
     barrier = dist.barrier if store else lambda: None
-    if args.model:
-        args.dtype = args.dtype or ("bfloat16" if device != "cpu" else "float32")
     args.system = args.system or ("skyt1" if args.problems else "none")
-    if args.max_new_tokens is None:
-        args.max_new_tokens = 16384
-        if args.model:
-            config = Qwen2Config.from_pretrained(data.find_model(args.model, weights=False))
-            args.max_new_tokens = min(16384, config.max_position_embeddings * 3 // 4)
-    if not args.problems and not args.rewrite:
+    longest, chats = 16384, not args.problems and not args.rewrite
+    if args.model:
+        config = Qwen2Config.from_pretrained(data.find_model(args.model, weights=False))
+        longest = min(longest, config.max_position_embeddings * 3 // 4)
+        asked = args.dtype or ("bfloat16" if device != "cpu" else "float32")
+        args.dtype = computed_in(asked, config, device,
+                                 1 if chats else args.max_slots or SLOTS["cpu"])
+        if rank == 0 and args.dtype != asked:
+            print("this CPU has no bf16 arithmetic: float32 instead, which is faster here",
+                  file=sys.stderr)
+    args.max_new_tokens = args.max_new_tokens or longest
+    if chats:
         return chat(args, *load(args, rank, device))
     if args.rewrite:
         jobs, finish = rewriting_jobs(read_samples(args.rewrite)), rewritten

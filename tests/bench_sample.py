@@ -4,7 +4,8 @@
     python tests/bench_sample.py --model DIR                                  # the decode step
     python tests/bench_sample.py --model DIR --problems gsm8k_test.jsonl      # answers to problems
 
-Greedy. Without problems: random prompts of mixed lengths and the same number of new tokens for each
+Greedy. On a CPU without bf16 arithmetic sample.py computes in float32 where --dtype is bfloat16;
+--their_dtype float32 is then what transformers is fastest in. Without problems: random prompts of mixed lengths and the same number of new tokens for each
 (stop tokens off), all rows at once. With problems: --limit of them, --rows at a time, each answer
 until it stops or has --new_tokens; transformers takes the problems in whole batches, sample.py
 refills the slots of finished rows. After one warm-up each they take turns, --repeats times; rates
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
 import sample  # noqa: E402
+from model import Qwen2Config  # noqa: E402
 
 
 def timed(work, *args):
@@ -59,18 +61,22 @@ def main():
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 1])
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--their_dtype", choices=("float32", "bfloat16"),
+                        help="transformers' (as --dtype)")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--bandwidth", type=float, default=3.35e12, help="bytes a second (H100)")
     args = parser.parse_args()
     from transformers import AutoModelForCausalLM
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.tensor_parallel = 1
-    ours, tokenizer, stop_ids = sample.load(args, 0, device)
+    args.tensor_parallel, args.their_dtype = 1, args.their_dtype or args.dtype
+    asked, config = args.dtype, Qwen2Config.from_pretrained(args.model)
     theirs = AutoModelForCausalLM.from_pretrained(args.model,
-                                                  dtype=getattr(torch, args.dtype)).to(device)
-    theirs.eval().generation_config.eos_token_id = None
+                                                  dtype=getattr(torch, args.their_dtype))
+    theirs.to(device).eval().generation_config.eos_token_id = None
     torch.manual_seed(0)
     for rows in args.rows:
+        args.dtype = sample.computed_in(asked, config, device, rows)
+        ours, tokenizer, stop_ids = sample.load(args, 0, device)
         if args.problems:
             prompts = [tokenizer.encode(tokenizer.render(sample.messages_of(problem, "none"),
                                                          add_generation_prompt=True))
@@ -88,10 +94,10 @@ def main():
         ratios = sorted(fast / slow for fast, slow in turns[1:])
         fast, slow = map(max, zip(*turns[1:], strict=True))
         same = sum(a == b for a, b in zip(answers, reference, strict=True))
-        print(f"{len(prompts)} prompts, {rows} rows, {args.dtype}, {device}, "
-              f"{torch.get_num_threads()} threads: sample.py {fast:.1f} tokens/s, transformers "
-              f"{slow:.1f}, x {fast / slow:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); {same} of "
-              f"{len(prompts)} answers equal", flush=True)
+        print(f"{len(prompts)} prompts, {rows} rows, {device}, {torch.get_num_threads()} threads: "
+              f"sample.py {fast:.1f} tokens/s in {args.dtype}, transformers {slow:.1f} in "
+              f"{args.their_dtype}, x {fast / slow:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); "
+              f"{same} of {len(prompts)} answers equal", flush=True)
         if device == "cuda":
             size = sum(p.numel() * p.element_size() for p in ours.parameters())
             print(f"  {size * fast / rows / args.bandwidth:.0%} of the bandwidth (weights alone, "

@@ -68,26 +68,44 @@ def test_a_sample_depends_on_its_stream_alone(dtype):
             assert generate(model, prompts, 20, **{**options, "num_slots": slots}) == answers
 
 
-def test_fused_products_change_nothing_and_store_nothing_twice():
+@pytest.mark.parametrize("packs", [True, False])
+def test_fused_products_change_nothing_and_store_nothing_twice(packs, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: packs)
     model, prompts = small_model(), prompts_of(5, 30)
     before, weights = generate(model, prompts, 12), model.state_dict()
-    fused = sample.fuse(model)
-    assert generate(fused, prompts, 12) == before
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in fused.state_dict().items())
-    mlp = fused.model.layers[0].mlp
-    assert (mlp.gate_proj.weight.untyped_storage().data_ptr()
-            == mlp.up_proj.weight.untyped_storage().data_ptr())
+    mlp = sample.fuse(model).model.layers[0].mlp
+    assert generate(model, prompts, 12) == before
+    if packs:  # the parameters are let go
+        assert mlp.gate_proj.weight is None and type(mlp.down_proj) is sample.Packed
+    else:
+        assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+        assert (mlp.gate_proj.weight.untyped_storage().data_ptr()
+                == mlp.up_proj.weight.untyped_storage().data_ptr())
 
 
 @pytest.mark.parametrize("shape", [dict(), dict(tie_word_embeddings=True)])
-def test_packed_weights_are_as_near_to_fp32_as_plain_ones(shape):
-    exact, plain = small_model(**shape), small_model(**shape).to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_are_as_near_to_the_exact_ones_as_plain_ones(shape, dtype):
+    exact, plain = small_model(**shape).double(), small_model(**shape).to(dtype)
     ids = torch.tensor(prompts_of(50))
     expected, before = exact(ids), plain(ids)
     fused = sample.fuse(plain)
-    packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    packs = dtype == torch.float32 or sample.cpu_multiplies_bf16()
     assert (fused.model.layers[0].mlp.down_proj.weight.layout == torch._mkldnn) == packs
-    assert (fused(ids) - expected).norm() < 1.1 * (before - expected).norm()
+    assert (fused(ids) - expected).norm() < 1.1 * (before - expected).norm() + 1e-6
+
+
+def test_float32_replaces_bfloat16_only_where_it_is_faster_and_fits(monkeypatch):
+    config = small_model().config
+    monkeypatch.setattr(sample, "cpu_multiplies_bf16", lambda: False)
+    assert sample.computed_in("bfloat16", config, "cpu", 16) == "float32"
+    for other in (("bfloat16", config, "cpu", 1), ("bfloat16", config, "cuda:0", 16)):
+        assert sample.computed_in(*other) == "bfloat16"
+    monkeypatch.setattr(sample, "free_memory", lambda device: 1000)
+    assert sample.computed_in("bfloat16", config, "cpu", 16) == "bfloat16"
+    monkeypatch.setattr(sample, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(sample, "free_memory", lambda device: 2 ** 40)
+    assert sample.computed_in("bfloat16", config, "cpu", 16) == "bfloat16"
 
 
 def test_equal_prompts_are_read_once_and_differ_by_their_stream():

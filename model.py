@@ -163,6 +163,11 @@ BUILTIN = {"builtin:tiny": Qwen2Config(
     tie_word_embeddings=True, initializer_range=0.06, eos_token_id=258)}
 
 
+def cpu_multiplies_bf16():
+    """Whether this CPU has instructions for products of bf16; others convert each number first."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 # ------------------------------------------------------------------------------------------- layers
 
 class RMSNorm(nn.Module):
@@ -227,8 +232,7 @@ class KeyValueCache:
         def attends(layer_k, layer_v):
             def attend(q, k, v):  # (1, heads, T, D)
                 layer_k[slot, :, :T], layer_v[slot, :, :T] = k[0], v[0]
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                                      enable_gqa=k.shape[1] < q.shape[1])
+                return packed_attention(q, k, v, torch.tensor([T]))
             return attend
         position_ids = torch.arange(T, device=input_ids.device)
         return model.forward_cached(input_ids[None], position_ids[None],

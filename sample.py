@@ -40,13 +40,15 @@ from tqdm import tqdm
 
 import data
 from data import TAGS
-from model import (KeyValueCache, Qwen2, Qwen2Config, checked_files, open_safetensors, rotate,
-                   write_durably)
+from model import (KeyValueCache, Qwen2, Qwen2Config, checked_files, cpu_multiplies_bf16,
+                   open_safetensors, rotate, write_durably)
 
 SLOTS = {"cpu": 16, "cuda": 64}     # rows of a batch, where memory has room for so many
 INTERVAL = {"cpu": 1, "cuda": 16}   # steps between looks at the tokens: on CUDA each look waits
 LENGTH_STEP = {"cpu": 64, "cuda": 512}  # the cache is read up to a multiple of this
 FIRST = (128, 1024)                 # tokens tried before all others (few_first)
+# It plans anew for each length of a prompt, tens of ms each; flash attention is used in its place.
+torch.backends.cuda.enable_cudnn_sdp(False)
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32)
 VERDICT_FIELDS = ("passed", "extracted", "reason")
 RESULT_FIELDS = ("sample", "response", "finish_reason", "num_tokens", "model", "original",
@@ -204,7 +206,8 @@ class Engine:
         self.seen = torch.zeros(num_slots, model.config.vocab_size, dtype=torch.bool,
                                 device=self.device) if sampling.repetition_penalty != 1 else None
         self.graphs = {}
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        if self.device.type == "cuda":  # one of each for all graphs: none outlives its step
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
         self.num_steps = self.num_tokens = 0
 
     @torch.inference_mode()
@@ -250,6 +253,8 @@ class Engine:
         keys, counts = self.keys[rows], self.counts[rows]
         seen = None if self.seen is None else self.seen[rows]
         self.input_ids[rows] = choose(logits, self.sampling, keys, counts, seen)
+        if hasattr(self.model, "num_key_value_heads"):  # split: all ranks go on with one token
+            dist.broadcast(self.input_ids[rows], 0)
         self.counts[rows] += 1
 
     def take(self, slot, token):
@@ -305,14 +310,13 @@ class Engine:
         if (B, length) not in self.graphs:
             changed = self.input_ids, self.positions, self.counts
             before = [tensor.clone() for tensor in changed]
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 for _ in range(2):  # warm-up: kernels are chosen, workspaces allocated
                     self.step(B, length)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):  # one for all: none outlives its step
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 self.step(B, length)
             for tensor, value in zip(changed, before, strict=True):
                 tensor.copy_(value)
@@ -343,6 +347,7 @@ def cells_of(length, device_type):
 def free_memory(device):
     """Bytes that this process may still take: of the GPU, or of its host's or control group's."""
     if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # what PyTorch keeps of freed tensors is free to us
         return 0.9 * torch.cuda.mem_get_info(device)[0]
     free, group = [], Path("/sys/fs/cgroup")
     if found := re.search(r"MemAvailable: +(\d+) kB", read_if_there("/proc/meminfo")):
@@ -391,8 +396,9 @@ def plan_slots(model, length, max_batch_tokens=None, most=None):
     token_bytes = 2 * config.num_hidden_layers * heads * config.head_dim * parameter.dtype.itemsize
     most = most or SLOTS[parameter.device.type]
     if max_batch_tokens is None:
-        # a row's logits, probabilities, their order and sums, mostly in float64; a prompt's MLP
-        work = 64 * most * config.vocab_size + 16 * length * config.intermediate_size
+        # a row's logits, probabilities, their order and sums, mostly in float64, twice (warm-up and
+        # graph); a prompt's MLP
+        work = 160 * most * config.vocab_size + 16 * length * config.intermediate_size
         max_batch_tokens = int((free_memory(parameter.device) - work) // token_bytes)
     if heads < config.num_key_value_heads:  # all ranks of a split model step together
         least = torch.tensor(max_batch_tokens, device=parameter.device)
@@ -436,10 +442,6 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0
 
 # -------------------------------------------------------------------- changing the model's products
 
-def cpu_multiplies_bf16():
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def computed_in(dtype, config, device, slots):
     """The dtype in place of the one asked for: float32 for bfloat16 on a CPU that has to convert
     each number of a bf16 product (4 times the time for 16 rows; one row waits for memory anyway),
@@ -464,13 +466,14 @@ class Packed(torch.nn.Module):
 
 
 @torch.no_grad()
-def fuse(model):
+def fuse(model, compiles=False):
     """One product for q, k and v, and one for gate and up, and one rotation: fewer, larger calls.
     The parameters become views of the joined weights, so that nothing is stored twice. On a CPU
-    weights are `Packed` and the parameters let go; a tied head is then stored twice."""
+    weights are `Packed` and the parameters let go; a tied head is then stored twice. `compiles`:
+    torch.compile what a block computes beside its attention, which writes into the cache."""
     parameter = next(model.parameters())
-    packs = parameter.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
-        parameter.dtype == torch.float32 or cpu_multiplies_bf16())
+    packs = (parameter.device.type == "cpu" and torch.backends.mkldnn.is_available()
+             and (parameter.dtype == torch.float32 or cpu_multiplies_bf16()) and not compiles)
 
     def join(*layers):
         sizes, joined = [len(layer.weight) for layer in layers], {}
@@ -503,6 +506,9 @@ def fuse(model):
         for module, name in ((block.self_attn, "o_proj"), (block.mlp, "down_proj")):
             if packs and type(getattr(module, name)) is torch.nn.Linear:
                 setattr(module, name, Packed(getattr(module, name).weight))
+        if compiles:
+            block.self_attn.heads, block.transform = (
+                torch.compile(part) for part in (block.self_attn.heads, block.transform))
     if packs:
         head = model.lm_head.weight
         head = Packed(model.model.embed_tokens.weight if head is None else head)
@@ -1091,13 +1097,15 @@ def answer(engine, tokenizer, messages, args):
             print(text[len(shown):], end="", flush=True)
             shown = text
         return stopped or written(request)
-    before = signal.signal(signal.SIGINT, interrupt)
+    alone = not dist.is_initialized()  # several ranks would not stop after the same token
+    before = signal.signal(signal.SIGINT, interrupt) if alone else None
     try:
         engine.finished = grown
         list(engine.run([request]))
     finally:
         engine.finished = written
-        signal.signal(signal.SIGINT, before)
+        if alone:
+            signal.signal(signal.SIGINT, before)
     print()
     return shown
 
@@ -1148,7 +1156,7 @@ def load(args, rank, device):
         model = load_split(folder, dtype, device, rank, args.tensor_parallel)
     else:
         model = Qwen2.from_pretrained(folder, dtype=dtype, device=device).eval()
-    fuse(model)
+    fuse(model, args.compile)
     path = Path(folder) / "generation_config.json"
     try:
         ends = json.loads(path.read_text()).get("eos_token_id") or [] if path.is_file() else []
@@ -1197,6 +1205,7 @@ def parse_arguments():
     add("--max_batch_tokens", "tokens of the key/value cache (what memory allows)", type=int)
     add("--max_slots", "answers at a time (16 on a CPU, 64 on CUDA)", type=int)
     add("--dtype", "(bfloat16 on CUDA, float32 on a CPU)", choices=("float32", "bfloat16"))
+    add("--compile", "torch.compile the blocks (for GPUs)", action="store_true")
     add("--tensor_parallel", "ranks that share one model (1)", type=int, default=1)
     args = parser.parse_args()
     check_combination(args)
@@ -1218,8 +1227,12 @@ def check_combination(args):
         raise ValueError("--endpoint wants --endpoint_model, the model's name there")
     if args.endpoint and not (args.problems or args.rewrite):
         raise ValueError("--endpoint wants --problems or --rewrite")
-    if args.endpoint and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("one process can ask a server as much as several: raise --concurrency")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if args.endpoint:
+            raise ValueError("one process can ask a server as much as several: raise --concurrency")
+        if not (args.problems or args.rewrite or args.prompt and args.tensor_parallel > 1):
+            raise ValueError("a chat is one process: leave out torchrun (several answer one "
+                             "--prompt with --tensor_parallel)")
     if args.endpoint and (args.min_think is not None or args.max_think is not None):
         raise ValueError("--min_think and --max_think want a --model: a server's answers cannot be "
                          "forced")
@@ -1229,6 +1242,8 @@ def check_combination(args):
         raise ValueError("--problems, --rewrite and --prompt are runs of their own: name one")
     if args.label_difficulty and not args.problems:
         raise ValueError("--label_difficulty wants --problems")
+    if args.compile and (args.endpoint or args.tensor_parallel > 1):
+        raise ValueError("--compile wants a --model that is whole in each process")
     if "" in args.stop:
         raise ValueError("--stop wants a text")
 
@@ -1287,7 +1302,8 @@ def start_processes(args):
         torch.cuda.set_device(device)
     store, _, _ = next(dist.rendezvous("env://"))
     dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store),
-                            rank=rank, world_size=world_size, timeout=timedelta(hours=4))
+                            rank=rank, world_size=world_size, timeout=timedelta(hours=4),
+                            device_id=torch.device(device) if cuda else None)
     return rank, device, store
 
 
@@ -1323,6 +1339,8 @@ def main():
                   file=sys.stderr)
     args.max_new_tokens = args.max_new_tokens or longest
     if chats:
+        if rank > 0:
+            sys.stdout = open(os.devnull, "w")
         return chat(args, *load(args, rank, device))
     if args.rewrite:
         jobs, finish = rewriting_jobs(read_samples(args.rewrite)), rewritten

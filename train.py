@@ -47,8 +47,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import data
-from model import (BUILTIN, LOSS_CHUNK, MLP_TILE, Qwen2, Qwen2Config, init_weights, load_weights,
-                   sync_folder, write_durably)
+from model import (BUILTIN, LOSS_CHUNK, MLP_TILE, Qwen2, Qwen2Config, cpu_multiplies_bf16,
+                   init_weights, load_weights, sync_folder, write_durably)
 
 BUILTIN_DEFAULTS = dict(data=["builtin:worked"], num_train_epochs=1, max_steps=500, batch_size=32,
                         learning_rate=2e-3, dtype="float32", system="none", save_steps=100)
@@ -1048,6 +1048,8 @@ def main():
     say(json.dumps({**vars(args), "num_parameters": num_parameters, "world_size": world_size,
                     "num_steps": num_steps, "warmup_steps": warmup_steps, "rows": rows.counts,
                     "tokens": int(rows.lengths.sum())}, indent=2))
+    if device.type == "cpu" and args.dtype == "bfloat16" and not cpu_multiplies_bf16():
+        say("this CPU has no bf16 arithmetic: --dtype float32 would take a fraction of the time")
     if rank == 0:
         check_disk(out, num_parameters, args.keep_checkpoints, getattr(torch, args.dtype))
     log = agreed(Log, out, args, step, num_steps, world_size, device, here=rank == 0)

@@ -63,6 +63,7 @@ def main():
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--their_dtype", choices=("float32", "bfloat16"),
                         help="transformers' (as --dtype)")
+    parser.add_argument("--compile", action="store_true", help="sample.py's flag")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--bandwidth", type=float, default=3.35e12, help="bytes a second (H100)")
     args = parser.parse_args()

@@ -83,6 +83,29 @@ def run_script(*args, processes=0, timeout=240, env=None, check=True):
     return done
 
 
+def run_commands(script, folder):
+    """Runs a shell script, as README has it, in a folder where the five scripts seem to lie. One
+    thread each, no network, a home of its own."""
+    for path in ROOT.glob("*.py"):
+        (folder / path.name).symlink_to(path)
+    tools = folder / "tools"
+    tools.mkdir()
+    for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run --standalone ")):
+        (tools / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
+        (tools / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+           "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HOME": str(folder)}
+    done = subprocess.run(["bash", "-e", "-c", script], cwd=folder, env=env, capture_output=True,
+                          text=True, timeout=900, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def code_blocks(readme, section):
+    """What stands between fences in a section of README."""
+    return readme.partition(f"## {section}")[2].partition("\n## ")[0].split("```")[1::2]
+
+
 def shared_file(name):
     """A file of real data beside the repository; the test is skipped where there is none."""
     path = SHARED / "data" / name

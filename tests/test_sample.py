@@ -83,6 +83,14 @@ def test_fused_products_change_nothing_and_store_nothing_twice(packs, monkeypatc
                 == mlp.up_proj.weight.untyped_storage().data_ptr())
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_blocks_change_nothing():
+    prompts = prompts_of(5, 30, 1)
+    assert generate(sample.fuse(small_model(), compiles=True), prompts, 12) == generate(
+        small_model(), prompts, 12)
+
+
 @pytest.mark.parametrize("shape", [dict(), dict(tie_word_embeddings=True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_are_as_near_to_the_exact_ones_as_plain_ones(shape, dtype):
@@ -274,9 +282,13 @@ def test_two_processes_give_the_samples_of_one(model_dir, problems, tmp_path):
 
 
 def test_one_prompt_is_answered_on_standard_output(model_dir):
-    done = run_script(ROOT / "sample.py", "--model", model_dir, "--prompt", "1+1", "--temperature",
-                      "0", "--max_new_tokens", "8")
-    assert done.stdout.endswith("\n") and len(done.stdout) > 1
+    asks = [ROOT / "sample.py", "--model", model_dir, "--prompt", "1+1", "--temperature", "0",
+            "--max_new_tokens", "8"]
+    answer = run_script(*asks).stdout
+    assert answer.endswith("\n") and len(answer) > 1
+    assert run_script(*asks, "--tensor_parallel", 2, processes=2).stdout == answer
+    refused = run_script(ROOT / "sample.py", "--model", model_dir, processes=2, check=False)
+    assert "error: a chat is one process" in refused.stderr
 
 
 @pytest.mark.parametrize("flags, word", [(["--n", "0"], "--n 0"), (["--top_p", "2"], "--top_p"),

@@ -104,7 +104,8 @@ def parse_arguments():
         "<|endoftext|>", action="store_true")
     add("--end_token", "end of an assistant's turn (default: the chat template's)")
     add("--system", "system prompt of kept samples: skyt1, qwq, none, or a text", default="skyt1")
-    add("--dtype", "of matrix products and of the exported weights",
+    add("--dtype", "of the exported weights and of matrix products (these are float32 on a CPU "
+        "without bf16 arithmetic)",
         choices=["bfloat16", "float32"], default="bfloat16")
     add("--seed", "of the order of the data (and of builtin:tiny's weights)", type=int, default=42)
     add("--deterministic", "the same bits on each run on a GPU too, slower", action="store_true")
@@ -132,6 +133,7 @@ def parse_arguments():
     check_arguments(args)
     if args.as_published and not args.end_token:
         args.end_token = "<|endoftext|>"
+    args.products = args.dtype
     return args
 
 
@@ -294,7 +296,7 @@ def memory_choices(config, args, num_ranks, world_size, available, device_type="
                and args.offload in ("auto", o)]
     # a pair that only a user asks for
     choices = choices or [(args.recompute.replace("auto", "tiled"), args.offload)]
-    width = getattr(torch, args.dtype).itemsize
+    width = getattr(torch, args.products).itemsize
     return {(recompute, offload): memory_estimate(
         config, args.max_seq_len, num_ranks, recompute, offload, width, device_type,
         stays_gathered(config, world_size, offload, available)) for recompute, offload in choices}
@@ -349,7 +351,7 @@ def build_model(args, config, mesh, device, memory):
         for block in model.model.layers:  # its halves, as "tiled" recomputes them one by one
             block.attend, block.transform = (torch.compile(half, dynamic=True)
                                              for half in (block.attend, block.transform))
-    shard(model, mesh, getattr(torch, args.dtype), not keep_gathered, args.offload == "parameters")
+    shard(model, mesh, getattr(torch, args.products), not keep_gathered, args.offload == "parameters")
     model.to_empty(device="cpu" if args.offload == "parameters" else device)
     return model, keep_gathered
 
@@ -1003,6 +1005,8 @@ def main():
                             mesh_dim_names=("replicate", "shard"))
     mesh = mesh if shard_size < world_size else mesh["shard"]
     say = print if rank == 0 else lambda *_: None
+    if device.type == "cpu" and not cpu_multiplies_bf16():  # bf16 would take many times as long
+        args.products = "float32"
 
     # 2. input: what a user can get wrong is refused here, before anything is created
     model_dir = node_by_node(data.find_model, args.model)
@@ -1048,8 +1052,6 @@ def main():
     say(json.dumps({**vars(args), "num_parameters": num_parameters, "world_size": world_size,
                     "num_steps": num_steps, "warmup_steps": warmup_steps, "rows": rows.counts,
                     "tokens": int(rows.lengths.sum())}, indent=2))
-    if device.type == "cpu" and args.dtype == "bfloat16" and not cpu_multiplies_bf16():
-        say("this CPU has no bf16 arithmetic: --dtype float32 would take a fraction of the time")
     if rank == 0:
         check_disk(out, num_parameters, args.keep_checkpoints, getattr(torch, args.dtype))
     log = agreed(Log, out, args, step, num_steps, world_size, device, here=rank == 0)

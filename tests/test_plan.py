@@ -48,7 +48,8 @@ def peak_of(events):
 def training_peak(config, T, dtype, recompute, stays_gathered=False, steps=2, micro_steps=2):
     """Bytes of tensors at the peak of some steps as train.main takes them, a row of two documents a
     micro-step, from the empty model on."""
-    args = types.SimpleNamespace(recompute=recompute, offload="none", compile=False, dtype=dtype)
+    args = types.SimpleNamespace(recompute=recompute, offload="none", compile=False,
+                                 products=dtype)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))
     document = np.arange(T // 2) % config.vocab_size, np.ones(T // 2, np.uint8)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -164,7 +165,7 @@ def test_the_plan_of_32b_marks_what_a_run_would_choose(plan, qwen_32b, gpus, exp
     assert status == 0 and chosen(printed) == expected
     nodes, number, *_, gib = train.parse_gpus(gpus[0])
     args = types.SimpleNamespace(recompute="auto", offload="auto", max_seq_len=16384,
-                                 dtype="bfloat16")
+                                 products="bfloat16")
     choice = train.choose_memory(QWEN_32B, args, 8 if len(gpus) > 1 else nodes * number,
                                  train.MEMORY_SHARE["cuda"] * gib * 2 ** 30)
     assert (choice[0], choice[1].replace("activations", "activat.").replace(

@@ -47,8 +47,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import data
-from model import (BUILTIN, LOSS_CHUNK, MLP_TILE, Qwen2, Qwen2Config, cpu_multiplies_bf16,
-                   init_weights, load_weights, sync_folder, write_durably)
+from model import (BUILTIN, LOSS_CHUNK, MLP_TILE, KeyValueCache, Qwen2, Qwen2Config,
+                   cpu_multiplies_bf16, init_weights, load_weights, sync_folder, write_durably)
 
 BUILTIN_DEFAULTS = dict(data=["builtin:worked"], num_train_epochs=1, max_steps=500, batch_size=32,
                         learning_rate=2e-3, dtype="float32", system="none", save_steps=100)
@@ -773,29 +773,23 @@ class Interrupt:
         self.wanted = True
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def greedy(model, prompts, max_new_tokens, stop_id):
-    """The most likely continuation of each prompt (lists of token ids). Rows are padded on the
-    right, where causal attention does not look, and the whole prefix is computed for each token:
-    fine for a small model only."""
-    length = [len(p) for p in prompts]
-    ids = torch.zeros(len(prompts), max(length) + max_new_tokens, dtype=torch.long)
-    for row, prompt in zip(ids, prompts):
-        row[:len(prompt)] = torch.tensor(prompt)
-    open_rows, answers = set(range(len(prompts))), [[] for _ in prompts]
-    for _ in range(max_new_tokens):
-        logits = model(ids[:, :max(length)])
-        for i in sorted(open_rows):
-            token = int(logits[i, length[i] - 1].argmax())
-            if token == stop_id:
-                open_rows.discard(i)
-                continue
-            answers[i].append(token)
-            ids[i, length[i]] = token
-            length[i] += 1
-        if not open_rows:
-            break
-    return answers
+    """The most likely continuation of each prompt (lists of token ids), all of them step by step
+    until the last has stopped; sample.py does this with less work."""
+    length = max(map(len, prompts)) + max_new_tokens
+    cache = KeyValueCache(model.config, len(prompts), length, next(model.parameters()).dtype, "cpu")
+    logits = [cache.prefill(model, torch.tensor(prompt), i) for i, prompt in enumerate(prompts)]
+    positions = torch.tensor([len(prompt) for prompt in prompts])
+    tokens = torch.stack(logits).argmax(-1)  # (B,)
+    answers, stopped = [tokens], tokens == stop_id
+    while len(answers) < max_new_tokens and not stopped.all():
+        tokens = cache.decode(model, tokens, positions, length).argmax(-1)
+        answers.append(tokens)
+        stopped |= tokens == stop_id
+        positions += 1
+    answers = torch.stack(answers, dim=1).tolist()
+    return [ids[:ids.index(stop_id)] if stop_id in ids else ids for ids in answers]
 
 
 def show_held_out(out, tokenizer, count=60, shown=3):

@@ -69,6 +69,7 @@ def training_peak(config, T, dtype, recompute, stays_gathered=False, steps=2, mi
 
 def measured_and_estimated(name, dtype, recompute, stays_gathered=False, T=1024):
     config = small_config(**SHAPES[name])
+    dtype = dtype if model.cpu_multiplies_bf16() else "float32"  # as a run here would compute
     lines = train.memory_estimate(config, T, dist.get_world_size(), recompute, "none",
                                   getattr(torch, dtype).itemsize, "cpu", stays_gathered)
     return training_peak(config, T, dtype, recompute, stays_gathered), sum(lines.values())

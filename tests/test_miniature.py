@@ -23,7 +23,7 @@ def test_the_miniature_runs_from_base_to_table(tmp_path):
     assert {row["kind"] for row in rows} <= {"math", "choice", "code"}
     for split in ("heldout", "harder"):
         verdicts = [json.loads(line) for line in
-                    (tmp_path / "out" / f"verified.{split}.jsonl").open()]
+                    (tmp_path / "out" / f"{split}.verified.jsonl").open()]
         assert {(row["model"], row["sample"]) for row in verdicts} == {
             (f"out/{model}", n) for model in ("base", "teacher", "student") for n in range(4)}
         assert len(verdicts) == 3 * 12 * 4

@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel, SDPBackend
 from tqdm import tqdm
 
 import data
@@ -47,8 +48,8 @@ SLOTS = {"cpu": 16, "cuda": 64}     # rows of a batch, where memory has room for
 INTERVAL = {"cpu": 1, "cuda": 16}   # steps between looks at the tokens: on CUDA each look waits
 LENGTH_STEP = {"cpu": 64, "cuda": 512}  # the cache is read up to a multiple of this
 FIRST = (128, 1024)                 # tokens tried before all others (few_first)
-# It plans anew for each length of a prompt, tens of ms each; flash attention is used in its place.
-torch.backends.cuda.enable_cudnn_sdp(False)
+# Not cuDNN's, which PyTorch may prefer: it makes a plan for each length of a prompt.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32)
 VERDICT_FIELDS = ("passed", "extracted", "reason")
 RESULT_FIELDS = ("sample", "response", "finish_reason", "num_tokens", "model", "original",
@@ -234,7 +235,8 @@ class Engine:
         ids = torch.tensor(request.prompt, device=self.device)
         source = next((i for i, old in enumerate(self.prompts) if old and old[0] == prompt), None)
         if source is None:
-            logits = self.cache.prefill(self.model, ids, slot)
+            with sdpa_kernel(ATTENTION):
+                logits = self.cache.prefill(self.model, ids, slot)
         else:
             logits = self.prompts[source][1]
             if source != slot:
@@ -301,7 +303,8 @@ class Engine:
 
     def step(self, B, length):
         """One token for each of the first B slots, from and into the engine's tensors."""
-        logits = self.cache.decode(self.model, self.input_ids[:B], self.positions[:B], length)
+        with sdpa_kernel(ATTENTION):
+            logits = self.cache.decode(self.model, self.input_ids[:B], self.positions[:B], length)
         self.draw(logits, slice(B))
         self.positions[:B] += self.live[:B]
 
@@ -364,7 +367,7 @@ def read_if_there(path):
 
 
 def weight_bytes(config, dtype, device, ranks=1):
-    """Of one rank's weights; on a CPU a tied head is a copy of its own (see fuse)."""
+    """Of one rank's weights; on a CPU a tied head may be a copy of its own (see fuse)."""
     embeddings = config.vocab_size * config.hidden_size
     one = config.tie_word_embeddings and torch.device(device).type == "cuda"
     blocks = config.matmul_parameters - embeddings
@@ -396,9 +399,10 @@ def plan_slots(model, length, max_batch_tokens=None, most=None):
     token_bytes = 2 * config.num_hidden_layers * heads * config.head_dim * parameter.dtype.itemsize
     most = most or SLOTS[parameter.device.type]
     if max_batch_tokens is None:
-        # a row's logits, probabilities, their order and sums, mostly in float64, twice (warm-up and
-        # graph); a prompt's MLP
-        work = 160 * most * config.vocab_size + 16 * length * config.intermediate_size
+        # a row's logits, probabilities, their order and sums, mostly in float64 (on CUDA both in
+        # warm-up and graph); a prompt's MLP
+        work = ((64 if parameter.device.type == "cpu" else 160) * most * config.vocab_size
+                + 16 * length * config.intermediate_size)
         max_batch_tokens = int((free_memory(parameter.device) - work) // token_bytes)
     if heads < config.num_key_value_heads:  # all ranks of a split model step together
         least = torch.tensor(max_batch_tokens, device=parameter.device)
@@ -443,18 +447,19 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0
 # -------------------------------------------------------------------- changing the model's products
 
 def computed_in(dtype, config, device, slots):
-    """The dtype in place of the one asked for: float32 for bfloat16 on a CPU that has to convert
-    each number of a bf16 product (4 times the time for 16 rows; one row waits for memory anyway),
-    where memory allows."""
+    """The dtype in place of the one asked for: float32 for bfloat16 on a CPU that multiplies bf16
+    slowly (one row waits for memory anyway), for models of less than a quarter of its memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     slow = dtype == "bfloat16" and device == "cpu" and slots > 1 and not cpu_multiplies_bf16()
-    fits = slow and weight_bytes(config, torch.float32, device) < free_memory(device)
+    fits = slow and 4 * weight_bytes(config, torch.float32, device) < memory
     return "float32" if fits else dtype
 
 
 class Packed(torch.nn.Module):
-    """A linear layer on a CPU, its weight kept in the order in which oneDNN multiplies: F.linear has
-    it rearranged in each call, or leaves the product to MKL (1.4 to 1.6 times the time for 16 rows).
-    The operators are those that torch.compile puts in F.linear's place."""
+    """A linear layer on a CPU, its weight kept in the order in which oneDNN multiplies: F.linear
+    has it rearranged in each call, or leaves the product to MKL (1.4 to 1.6 times the time for 16
+    rows). The operators are those that torch.compile puts in F.linear's place."""
 
     def __init__(self, weight, bias=None):
         super().__init__()
@@ -1204,7 +1209,8 @@ def parse_arguments():
     add("--max_think", "a thought of so many tokens is ended", type=int)
     add("--max_batch_tokens", "tokens of the key/value cache (what memory allows)", type=int)
     add("--max_slots", "answers at a time (16 on a CPU, 64 on CUDA)", type=int)
-    add("--dtype", "(bfloat16 on CUDA, float32 on a CPU)", choices=("float32", "bfloat16"))
+    add("--dtype", "(bfloat16 on CUDA, float32 on a CPU, and there for a bfloat16 that is slow)",
+        choices=("float32", "bfloat16"))
     add("--compile", "torch.compile the blocks (for GPUs)", action="store_true")
     add("--tensor_parallel", "ranks that share one model (1)", type=int, default=1)
     args = parser.parse_args()
@@ -1335,8 +1341,7 @@ def main():
         args.dtype = computed_in(asked, config, device,
                                  1 if chats else args.max_slots or SLOTS["cpu"])
         if rank == 0 and args.dtype != asked:
-            print("this CPU has no bf16 arithmetic: float32 instead, which is faster here",
-                  file=sys.stderr)
+            print("this CPU has no bf16 arithmetic: float32 instead", file=sys.stderr)
     args.max_new_tokens = args.max_new_tokens or longest
     if chats:
         if rank > 0:

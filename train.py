@@ -351,7 +351,8 @@ def build_model(args, config, mesh, device, memory):
         for block in model.model.layers:  # its halves, as "tiled" recomputes them one by one
             block.attend, block.transform = (torch.compile(half, dynamic=True)
                                              for half in (block.attend, block.transform))
-    shard(model, mesh, getattr(torch, args.products), not keep_gathered, args.offload == "parameters")
+    shard(model, mesh, getattr(torch, args.products), not keep_gathered,
+          args.offload == "parameters")
     model.to_empty(device="cpu" if args.offload == "parameters" else device)
     return model, keep_gathered
 
@@ -999,8 +1000,9 @@ def main():
                             mesh_dim_names=("replicate", "shard"))
     mesh = mesh if shard_size < world_size else mesh["shard"]
     say = print if rank == 0 else lambda *_: None
-    if device.type == "cpu" and not cpu_multiplies_bf16():  # bf16 would take many times as long
+    if device.type == "cpu" and args.dtype == "bfloat16" and not cpu_multiplies_bf16():
         args.products = "float32"
+        say("this CPU has no bf16 arithmetic: products in float32, the export in bfloat16")
 
     # 2. input: what a user can get wrong is refused here, before anything is created
     model_dir = node_by_node(data.find_model, args.model)
@@ -1009,7 +1011,7 @@ def main():
     agreed(data.check_against_model, args, config, tokenizer)
     rows, eval_rows = node_by_node(load_data, args, config, tokenizer)
     settings = agreed(run_settings, args, model_dir, rows)
-    same_everywhere(settings)
+    same_everywhere({**settings, "products": args.products})
     args.out = from_rank_0(check_folder, args, settings)
     out = Path(args.out)
     newest, is_finished = from_rank_0(lambda: (checkpoints(out / "checkpoints")[-1:],

@@ -5,12 +5,13 @@
     python tests/bench_sample.py --model DIR --problems gsm8k_test.jsonl      # answers to problems
 
 Greedy. On a CPU without bf16 arithmetic sample.py computes in float32 where --dtype is bfloat16;
---their_dtype float32 is then what transformers is fastest in. Without problems: random prompts of mixed lengths and the same number of new tokens for each
-(stop tokens off), all rows at once. With problems: --limit of them, --rows at a time, each answer
-until it stops or has --new_tokens; transformers takes the problems in whole batches, sample.py
-refills the slots of finished rows. After one warm-up each they take turns, --repeats times; rates
-are of the best, the range of the ratio is that of the turns. On CUDA also the fraction of the
-memory's bandwidth that the decode step reaches: bytes of the weights, over time, over --bandwidth.
+--their_dtype float32 is then what transformers is fastest in. Without problems: random prompts of
+mixed lengths and the same number of new tokens for each (stop tokens off), all rows at once. With
+problems: --limit of them, --rows at a time, each answer until it stops or has --new_tokens;
+transformers takes the problems in whole batches, sample.py refills the slots of finished rows.
+After one warm-up each they take turns, --repeats times; rates are of the best, the range of the
+ratio is that of the turns. On CUDA also the fraction of the memory's bandwidth that the decode step
+reaches: bytes of the weights, over time, over --bandwidth.
 """
 import argparse
 import sys
@@ -70,13 +71,14 @@ def main():
     from transformers import AutoModelForCausalLM
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args.tensor_parallel, args.their_dtype = 1, args.their_dtype or args.dtype
-    asked, config = args.dtype, Qwen2Config.from_pretrained(args.model)
+    args.model = str(data.find_model(args.model))
+    asked, config, ours = args.dtype, Qwen2Config.from_pretrained(args.model), None
     theirs = AutoModelForCausalLM.from_pretrained(args.model,
                                                   dtype=getattr(torch, args.their_dtype))
     theirs.to(device).eval().generation_config.eos_token_id = None
     torch.manual_seed(0)
     for rows in args.rows:
-        args.dtype = sample.computed_in(asked, config, device, rows)
+        args.dtype, ours = sample.computed_in(asked, config, device, rows), None
         ours, tokenizer, stop_ids = sample.load(args, 0, device)
         if args.problems:
             prompts = [tokenizer.encode(tokenizer.render(sample.messages_of(problem, "none"),

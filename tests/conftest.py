@@ -2,6 +2,7 @@
 them."""
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -85,20 +86,27 @@ def run_script(*args, processes=0, timeout=240, env=None, check=True):
 
 def run_commands(script, folder):
     """Runs a shell script, as README has it, in a folder where the five scripts seem to lie. One
-    thread each, no network, a home of its own."""
+    thread each, no network, a cache of its own."""
     for path in ROOT.glob("*.py"):
         (folder / path.name).symlink_to(path)
     tools = folder / "tools"
     tools.mkdir()
     for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run --standalone ")):
-        (tools / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
+        (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module}"$@"\n')
         (tools / name).chmod(0o755)
     env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-           "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HOME": str(folder)}
-    done = subprocess.run(["bash", "-e", "-c", script], cwd=folder, env=env, capture_output=True,
-                          text=True, timeout=900, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+           "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+           "XDG_CACHE_HOME": str(folder / "cache")}
+    process = subprocess.Popen(["bash", "-e", "-c", script], cwd=folder, env=env, text=True,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        printed, errors = process.communicate(timeout=900)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, errors[-3000:]
+    return printed
 
 
 def code_blocks(readme, section):

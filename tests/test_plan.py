@@ -68,8 +68,9 @@ def training_peak(config, T, dtype, recompute, stays_gathered=False, steps=2, mi
 
 
 def measured_and_estimated(name, dtype, recompute, stays_gathered=False, T=1024):
+    if dtype == "bfloat16" and not model.cpu_multiplies_bf16():
+        pytest.skip("no run on this CPU computes in bf16, which takes minutes here")
     config = small_config(**SHAPES[name])
-    dtype = dtype if model.cpu_multiplies_bf16() else "float32"  # as a run here would compute
     lines = train.memory_estimate(config, T, dist.get_world_size(), recompute, "none",
                                   getattr(torch, dtype).itemsize, "cpu", stays_gathered)
     return training_peak(config, T, dtype, recompute, stays_gathered), sum(lines.values())
@@ -108,6 +109,7 @@ def test_the_estimate_is_near_the_measured_peak_of_each_of_two_ranks():
     cases = [("wide", "bfloat16", "none", 0), ("deep", "bfloat16", "block", 0),
              ("tied", "float32", "none", 0), ("deep", "float32", "none", 1),
              ("tied", "bfloat16", "block", 1)]
+    cases = [case for case in cases if case[1] == "float32" or model.cpu_multiplies_bf16()]
     done = run_script(__file__, json.dumps(cases), processes=2)
     results = [json.loads(line) for line in done.stdout.splitlines() if line[0] == "["]
     assert len(results) == len(cases)

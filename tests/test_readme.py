@@ -87,7 +87,8 @@ def test_the_commands_at_full_size_and_for_a_model_of_your_own_run_in_small(rewr
     lines = {name: len((tmp_path / f"{name}.jsonl").read_text().splitlines())
              for name in ("samples", "rewritten", "kept", "rows")}
     assert lines["samples"] == lines["rewritten"] == 12 and 0 < lines["rows"] <= lines["kept"]
-    for part in ("GiB a GPU, at its peak", "targets in green", "gsm8k"):
+    for part in ("GiB a GPU, at its peak", "targets in green"):
         assert part in printed
+    assert re.search(r"^out/mine +gsm8k +2 +2 ", printed, re.M)  # the table of scores
     for folder in ("sky", "mine"):
         assert (tmp_path / "out" / folder / "model.safetensors").exists()

@@ -104,8 +104,7 @@ def parse_arguments():
         "<|endoftext|>", action="store_true")
     add("--end_token", "end of an assistant's turn (default: the chat template's)")
     add("--system", "system prompt of kept samples: skyt1, qwq, none, or a text", default="skyt1")
-    add("--dtype", "of the exported weights and of matrix products (these are float32 on a CPU "
-        "without bf16 arithmetic)",
+    add("--dtype", "of exported weights and of matrix products (float32 where a CPU lacks bf16)",
         choices=["bfloat16", "float32"], default="bfloat16")
     add("--seed", "of the order of the data (and of builtin:tiny's weights)", type=int, default=42)
     add("--deterministic", "the same bits on each run on a GPU too, slower", action="store_true")
@@ -131,8 +130,7 @@ def parse_arguments():
             parser.set_defaults(max_steps=0)  # else they would cut the epochs short
     args = parser.parse_args()
     check_arguments(args)
-    if args.as_published and not args.end_token:
-        args.end_token = "<|endoftext|>"
+    args.end_token = args.end_token or ("<|endoftext|>" if args.as_published else None)
     args.products = args.dtype
     return args
 

@@ -267,7 +267,7 @@ def test_bfloat16_follows_float32(run, rows_file, model_dir, tmp_path):
     assert {t.dtype for t in weights(tmp_path / "float32").values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_one_two_and_three_processes_shard_or_replicate_to_the_same_run(tied, rows_file, tmp_path):
     small_model(tie_word_embeddings=tied).save_pretrained(tmp_path / "m")
     data.builtin_tokenizer().save(tmp_path / "m")
@@ -706,6 +706,7 @@ def test_greedy_stops_and_keeps_rows_apart(model_dir):
     assert cut == [ids[:ids.index(stop)] if stop in ids else ids for ids in together]
 
 
+@pytest.mark.slow
 def test_the_first_command_trains_the_builtin_model_on_two_processes(tmp_path):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            "--nproc_per_node=2", ROOT / "train.py",

@@ -241,12 +241,12 @@ def test_epochs_asked_for_are_not_cut_short_by_the_built_in_models_steps(monkeyp
         max_steps("--seed", "-1")
 
 
-@pytest.mark.parametrize("flags",
-                         [["--recompute", "none"], ["--recompute", "block"],
-                          ["--recompute", "tiled"],
-                                   ["--recompute", "tiled", "--offload", "activations"],
-                          ["--offload", "parameters"],
-                                   ["--max_seq_len", 512], ["--deterministic"]])
+@pytest.mark.parametrize("flags", [
+    ["--recompute", "none"], ["--recompute", "block"], ["--recompute", "tiled"],
+    ["--recompute", "tiled", "--offload", "activations"], ["--offload", "parameters"],
+    ["--max_seq_len", 512], ["--deterministic"],
+    pytest.param(["--compile"], marks=[pytest.mark.slow, pytest.mark.skipif(
+        not shutil.which("c++"), reason="torch.compile on a CPU needs a C++ compiler")])])
 def test_memory_choices_and_packing_do_not_change_the_losses(run, flags, rows_file, model_dir,
                                                              tmp_path):
     for name, extra in (("plain", []), ("changed", flags)):

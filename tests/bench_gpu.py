@@ -53,6 +53,13 @@ SHAPES = {
                          num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                          initializer_range=0.05),
 }
+KERNELS = {  # kinds of kernels by what their names contain, the first that fits
+    "attention": r"flash|fmha|scaled_dot|cudnn",
+    "products": r"gemm|gemv|nvjet|cutlass|splitk|aten::(add)?mm|mkldnn",
+    "optimizer and norm of gradients": r"adam|multi_tensor|lpnorm|_foreach",
+    "FSDP's copies": r"split_with_sizes|chunk_cat|nccl|gather_copy|memcpy",
+    "the rest": "",
+}
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 
@@ -70,12 +77,13 @@ def all_parts(device):
              ("correctness: compile", 150, True, compiled, ()),
              ("builtin: train, sample, verify", 240, True, builtin, ())]
     variants = [("block", "none", "flash"), ("none", "none", "flash"), ("tiled", "none", "flash"),
-                ("block", "none", "cudnn"), ("block", "none", "efficient"),
-                ("tiled", "activations", "flash"), ("block+compile", "none", "flash")]
+                ("block", "none", "cudnn"), ("tiled", "activations", "flash"),
+                ("block+compile", "none", "flash")]
     variants = variants if on_gpu else [("block", "none", "math"), ("tiled", "none", "math")]
     parts += [(f"training: {', '.join(variant)}", 90, False, training, variant)
               for variant in variants]
-    parts += [("training: transformers", 90, False, transformers_training, ()),
+    parts += [("training: profile", 90, False, profiled_training, ()),
+              ("training: transformers", 90, False, transformers_training, ()),
               ("sampling: 1.5B", 90, False, sampling, ("1.5B",)),
               ("sampling: 7B", 90, False, sampling, ("7B",))]
     return parts
@@ -159,6 +167,10 @@ def markdown(rows, device):
     for r in rows:
         yield (f"| {r['part']} | {r['what']} | {r['figure'].replace('|', '/')} | {r['goal']} | "
                f"{verdict[r['reached']]} |")
+    for r in rows:
+        if kernels := r["numbers"].get("kernels"):
+            yield f"\n{r['what']}; the longest kernels:\n"
+            yield from (f"    {share:6.1%} {count:6} x {name[:100]}" for share, count, name in kernels)
 
 
 # ------------------------------------------------------------------------------------ 1. correctness
@@ -424,9 +436,9 @@ def write_rows(path, count, tokens, tokenizer):
             file.write(json.dumps({"messages": [messages[0], answer]}) + "\n")
 
 
-def training(device, folder, recompute, offload, attention, steps=5):
-    """train.py itself on random weights, without its checkpoint and export; MFU and memory as its
-    metrics.jsonl has them."""
+def run_train(device, folder, recompute, offload, attention, steps=5):
+    """train.py itself on random weights, without its checkpoint and export; the lines of its
+    metrics.jsonl."""
     import data
     import train
     config, length, documents, rows_a_step = training_size(device)
@@ -440,15 +452,22 @@ def training(device, folder, recompute, offload, attention, steps=5):
     train.ATTENTION = [BACKENDS[attention]]
     for name in ("save_checkpoint", "export", "write_run"):  # as of 12 bytes a parameter
         setattr(train, name, lambda *args: None)
-    compiles = recompute.endswith("+compile")
-    recompute = recompute.removesuffix("+compile")
     sys.argv = ["train.py", "--model", str(model_dir), "--data", str(rows), "--out", str(out),
                 "--cache", str(folder / "cache"), "--max_seq_len", str(length * documents),
                 "--batch_size", str(documents * rows_a_step), "--max_steps", str(steps),
-                "--recompute", recompute, "--offload", offload, *["--compile"] * compiles]
+                "--recompute", recompute.removesuffix("+compile"), "--offload", offload,
+                *["--compile"] * recompute.endswith("+compile")]
     train.main()
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][2:]
+
+def training(device, folder, recompute, offload, attention):
+    """Tokens a second, MFU and peak memory as train.py counts them, after two steps of warm-up."""
+    import train
+    config, length, documents, _ = training_size(device)
+    lines = run_train(device, folder, recompute, offload, attention)[2:]
+    compiles = recompute.endswith("+compile")
+    recompute = recompute.removesuffix("+compile")
     what = f"{recompute}{', activations offloaded' * (offload != 'none')}, {attention}"
     what += ", compiled" * compiles
     on_gpu = device == "cuda"
@@ -464,6 +483,45 @@ def training(device, folder, recompute, offload, attention, steps=5):
     row(f"{what}: peak memory", f"{gib:.1f} GiB, estimate {planned:.1f} ({gib / planned - 1:+.1%})",
         "within 10 %" if on_gpu else "", abs(gib / planned - 1) < 0.1 if on_gpu else None, gib=gib,
         estimate=estimate)
+
+
+def profiled_training(device, folder):
+    """Where the time of one step goes, blocks recomputed."""
+    import train
+    profiler, write, seconds = profiler_of(device), train.Log.write, []
+
+    def profiling_write(log, line, flops):  # once a step, when its work is done
+        if line["step"] == 2:
+            profiler.start()
+        elif line["step"] == 3:
+            profiler.stop()
+            seconds.append(line["seconds"])
+        return write(log, line, flops)
+    train.Log.write = profiling_write
+    run_train(device, folder, "block", "none", "flash" if device == "cuda" else "math")
+    where_time_goes("one step of block, flash", profiler, device, *seconds)
+
+
+def profiler_of(device):
+    kinds = torch.profiler.ProfilerActivity
+    return torch.profiler.profile(activities=[kinds.CUDA if device == "cuda" else kinds.CPU])
+
+
+def where_time_goes(what, profiler, device, seconds):
+    """A row with the share of each kind of kernel in so many seconds, and with the longest ones."""
+    annotation = ("FSDP::", "nccl:", "Optimizer.", "ProfilerStep")
+    kinds, kernels = dict.fromkeys(KERNELS, 0.0), []
+    for event in profiler.key_averages():
+        on_device = str(event.device_type).endswith("CUDA") == (device == "cuda")
+        if on_device and not event.key.startswith(annotation):
+            spent = (event.self_device_time_total if device == "cuda"
+                     else event.self_cpu_time_total) / 1e6
+            kind = next(kind for kind, names in KERNELS.items() if re.search(names, event.key, re.I))
+            kinds[kind] += spent / seconds
+            kernels.append((spent / seconds, event.count, event.key))
+    figure = ", ".join(f"{kind} {share:.1%}" for kind, share in kinds.items())
+    row(f"{what}: where the time goes", f"of {seconds * 1e3:.1f} ms: {figure}", shares=kinds,
+        kernels=sorted(kernels, reverse=True)[:16])
 
 
 def transformers_training(device, folder, steps=4):
@@ -572,6 +630,10 @@ def sampling(device, folder, shape):
         step = (long - short) / (new - few)
         read = weights + rows * token_bytes * sample.LENGTH_STEP[device]
         share, rate = read / step / bandwidth, rows * new / long
+        if rows == 1:
+            with profiler_of(device) as profiler:
+                run(few, 1)
+            where_time_goes(f"{shape}, 1 row, {few} tokens", profiler, device, short)
         goal = rows == 1 and device == "cuda"
         row(f"{shape}, {rows} rows: decode step", f"{step * 1e3:.2f} ms, {share:.0%} of a copy's "
             f"{bandwidth / 1e12:.2f} TB/s", "60 %" if goal else "", share >= 0.6 if goal else None,

@@ -19,7 +19,7 @@ head_dim, I intermediate_size, V vocab_size, N tokens that have a target.
 import contextlib
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,11 @@ LOSS_CHUNK = {"cuda": 2 ** 27, "cpu": 2 ** 25}  # logits held at once: 512 and 1
 READ_BYTES = 2 ** 26       # weights are read in pieces of at most this size
 SHARD_BYTES = 5 * 10 ** 9  # size of one .safetensors file, as the published checkpoints have it
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# What a folder may hold in place of its weights, and what helps.
+OTHER_WEIGHTS = {"adapter_model.*": "merge the adapter into its model first (peft's "
+                                    "merge_and_unload, then save_pretrained)",
+                 "pytorch_model*.bin*": "convert it to safetensors first (transformers' "
+                                        "from_pretrained, then save_pretrained)"}
 
 
 # ------------------------------------------------------------------------------------ configuration
@@ -78,14 +83,14 @@ class Qwen2Config:
     @classmethod
     def from_pretrained(cls, model_dir):
         """Reads config.json of transformers 4 (`rope_theta`) or 5 (`rope_parameters`), or a name
-        of BUILTIN. FileNotFoundError without the file; ValueError, which names file, field and
-        value, where it is broken, lacks a field or asks for something that is not built here."""
+        of BUILTIN; see own_head for weights that contradict it. FileNotFoundError without the file;
+        ValueError, which names file, field and value, where it is broken, lacks a field or asks for
+        something that is not built here."""
         if model_dir in BUILTIN:
             return BUILTIN[model_dir]
         path = Path(model_dir) / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: "
-                                    "--model wants a folder in Hugging Face layout")
+            raise absent(path)
         try:
             raw = json.loads(path.read_text())
             if not isinstance(raw, dict):
@@ -105,6 +110,8 @@ class Qwen2Config:
         except TypeError as error:
             raise ValueError(f"{path} lacks fields of a Qwen2: {error}") from None
         config.check(path)
+        if config.tie_word_embeddings and own_head(model_dir):
+            return replace(config, tie_word_embeddings=False)
         return config
 
     def check(self, path):
@@ -164,9 +171,13 @@ BUILTIN = {"builtin:tiny": Qwen2Config(
 
 
 def cpu_multiplies_bf16():
-    """Whether oneDNN has kernels for products of bf16 on this CPU (on x86 from AVX-512 on); without
-    them PyTorch converts number by number, which takes 4 to 16 times as long as float32."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether this CPU has instructions for products of bf16. oneDNN, which knows, says so on x86
+    from AVX-512 on, but emulates them there without AVX512_BF16 or AMX: so or converted number by
+    number they take 4 to 16 times as long as in float32."""
+    emulated = torch.cpu._is_avx512_supported() and not (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return (torch.backends.mkldnn.is_available() and not emulated
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 # ------------------------------------------------------------------------------------------- layers
@@ -526,14 +537,49 @@ def weight_files(model_dir):
         return {name: single for name in file.keys()}
 
 
+def absent(path):
+    """The error for a file that a model folder lacks: it names what is there instead."""
+    for pattern, remedy in OTHER_WEIGHTS.items():
+        for other in path.parent.glob(pattern):
+            return FileNotFoundError(f"{path} does not exist, but {other.name} does: {remedy}")
+    return FileNotFoundError(f"{path} does not exist: --model wants a whole folder in Hugging Face "
+                             "layout, its weights in safetensors")
+
+
 def open_safetensors(path):
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: the model folder is incomplete")
+        raise absent(path)
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}): "
                          "download it again") from None
+
+
+def stored_tensor(path, name):
+    """A tensor of a file, of which pieces can be read."""
+    try:
+        return open_safetensors(path).get_slice(name)
+    except SafetensorError:
+        raise ValueError(f"{path} lacks {name}, which the index places there: "
+                         "download it again") from None
+
+
+def own_head(model_dir):
+    """Whether the weights hold an lm_head that is not the embedding: some trainers write one and
+    yet `tie_word_embeddings`, and transformers too unties such a model. False where there are no
+    weights: train.py --plan needs none."""
+    try:
+        files = weight_files(model_dir)
+        embedding, head = (stored_tensor(files[name], name)
+                           for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    except (FileNotFoundError, KeyError):
+        return False
+    if embedding.get_shape() != head.get_shape():
+        return True
+    pieces = [slice(row, row + 1024) for row in range(0, head.get_shape()[0], 1024)]
+    with torch.device("cpu"):  # not the caller's, which may be meta
+        return not all((embedding[rows] == head[rows]).all() for rows in pieces)
 
 
 def checked_files(model, model_dir):
@@ -555,15 +601,9 @@ def load_weights(model, model_dir):
     """Fills the parameters, strictly. Each process reads only its own rows, a piece at a time, so
     that host memory never holds more than its shard and READ_BYTES. ValueError, FileNotFoundError:
     missing or unexpected names, wrong shapes or types, truncated or missing files."""
-    files, parameters = checked_files(model, model_dir), dict(model.named_parameters())
-    for path in sorted(set(files.values())):
-        with open_safetensors(path) as file:
-            present = set(file.keys())
-            for name in (n for n, f in files.items() if f == path):
-                if name not in present:
-                    raise ValueError(f"{path} lacks {name}, which the index places there: "
-                                     "download it again")
-                load_tensor(parameters[name], file.get_slice(name), f"{path}: {name}")
+    files = checked_files(model, model_dir)
+    for name, parameter in model.named_parameters():
+        load_tensor(parameter, stored_tensor(files[name], name), f"{files[name]}: {name}")
 
 
 def load_tensor(parameter, source, where):

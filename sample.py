@@ -42,7 +42,7 @@ from tqdm import tqdm
 import data
 from data import TAGS
 from model import (KeyValueCache, Qwen2, Qwen2Config, checked_files, cpu_multiplies_bf16,
-                   open_safetensors, rotate, write_durably)
+                   rotate, stored_tensor, write_durably)
 
 SLOTS = {"cpu": 16, "cuda": 64}     # rows of a batch, where memory has room for so many
 INTERVAL = {"cpu": 1, "cuda": 16}   # steps between looks at the tokens: on CUDA each look waits
@@ -549,16 +549,15 @@ def load_split(model_dir, dtype, device, rank, world_size):
     for name, parameter in list(model.named_parameters()):
         axis = (1 if name.endswith(("o_proj.weight", "down_proj.weight"))
                 else 0 if re.search(r"(q|k|v|gate|up)_proj\.", name) else None)
-        with open_safetensors(files[name]) as file:
-            source = file.get_slice(name)
-            if source.get_shape() != list(parameter.shape):
-                raise ValueError(f"{files[name]}: {name} is {source.get_shape()}, config.json "
-                                 f"wants {list(parameter.shape)}")
-            index = [slice(None)] * parameter.ndim
-            if axis is not None:
-                part = parameter.shape[axis] // world_size
-                index[axis] = slice(rank * part, (rank + 1) * part)
-            value = source[tuple(index)].to(device, dtype)
+        source = stored_tensor(files[name], name)
+        if source.get_shape() != list(parameter.shape):
+            raise ValueError(f"{files[name]}: {name} is {source.get_shape()}, config.json "
+                             f"wants {list(parameter.shape)}")
+        index = [slice(None)] * parameter.ndim
+        if axis is not None:
+            part = parameter.shape[axis] // world_size
+            index[axis] = slice(rank * part, (rank + 1) * part)
+        value = source[tuple(index)].to(device, dtype)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, torch.nn.Parameter(value, requires_grad=False))
     for block in model.model.layers:

@@ -110,7 +110,7 @@ class Qwen2Config:
         except TypeError as error:
             raise ValueError(f"{path} lacks fields of a Qwen2: {error}") from None
         config.check(path)
-        if config.tie_word_embeddings and own_head(model_dir):
+        if config.tie_word_embeddings and own_head(config, model_dir):
             return replace(config, tie_word_embeddings=False)
         return config
 
@@ -556,30 +556,36 @@ def open_safetensors(path):
                          "download it again") from None
 
 
-def stored_tensor(path, name):
-    """A tensor of a file, of which pieces can be read."""
+def stored_tensor(path, name, shape):
+    """A tensor of a file, of which pieces can be read; ValueError if it is not as it should be."""
     try:
-        return open_safetensors(path).get_slice(name)
+        source = open_safetensors(path).get_slice(name)
     except SafetensorError:
         raise ValueError(f"{path} lacks {name}, which the index places there: "
                          "download it again") from None
+    if source.get_shape() != list(shape):
+        raise ValueError(f"{path}: {name} has shape {source.get_shape()}, config.json asks for "
+                         f"{list(shape)}")
+    if source.get_dtype() not in SAFETENSORS_DTYPES.values():
+        raise ValueError(f"{path}: {name} has type {source.get_dtype()}, must be one of "
+                         f"{list(SAFETENSORS_DTYPES.values())}")
+    return source
 
 
-def own_head(model_dir):
+def own_head(config, model_dir):
     """Whether the weights hold an lm_head that is not the embedding: some trainers write one and
     yet `tie_word_embeddings`, and transformers too unties such a model. False where there are no
     weights: train.py --plan needs none."""
+    shape, step = (config.vocab_size, config.hidden_size), READ_BYTES // (4 * config.hidden_size)
     try:
         files = weight_files(model_dir)
-        embedding, head = (stored_tensor(files[name], name)
+        embedding, head = (stored_tensor(files[name], name, shape)
                            for name in ("model.embed_tokens.weight", "lm_head.weight"))
     except (FileNotFoundError, KeyError):
         return False
-    if embedding.get_shape() != head.get_shape():
-        return True
-    pieces = [slice(row, row + 1024) for row in range(0, head.get_shape()[0], 1024)]
     with torch.device("cpu"):  # not the caller's, which may be meta
-        return not all((embedding[rows] == head[rows]).all() for rows in pieces)
+        return any((embedding[row:row + step] != head[row:row + step]).any()
+                   for row in range(0, config.vocab_size, step))
 
 
 def checked_files(model, model_dir):
@@ -603,21 +609,12 @@ def load_weights(model, model_dir):
     missing or unexpected names, wrong shapes or types, truncated or missing files."""
     files = checked_files(model, model_dir)
     for name, parameter in model.named_parameters():
-        load_tensor(parameter, stored_tensor(files[name], name), f"{files[name]}: {name}")
-
-
-def load_tensor(parameter, source, where):
-    if list(parameter.shape) != source.get_shape():
-        raise ValueError(f"{where} has shape {source.get_shape()}, config.json asks for "
-                         f"{list(parameter.shape)}")
-    if source.get_dtype() not in SAFETENSORS_DTYPES.values():
-        raise ValueError(f"{where} has type {source.get_dtype()}, must be one of "
-                         f"{list(SAFETENSORS_DTYPES.values())}")
-    local, start = local_part(parameter)
-    step = max(1, READ_BYTES // (4 * max(1, local[:1].numel())))
-    for row in range(0, len(local), step):
-        piece = local[row:row + step]
-        piece.copy_(source[start + row:start + row + len(piece)])
+        source = stored_tensor(files[name], name, parameter.shape)
+        local, start = local_part(parameter)
+        step = max(1, READ_BYTES // (4 * max(1, local[:1].numel())))
+        for row in range(0, len(local), step):
+            piece = local[row:row + step]
+            piece.copy_(source[start + row:start + row + len(piece)])
 
 
 @torch.no_grad()

@@ -90,7 +90,6 @@ LOSS = {"loss": (True, False, None), "weight": (1, 0)}  # of a turn; the first i
 DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
 DATA_PATTERNS = [f"*{suffix}" for suffix in DATA_SUFFIXES]
 MAX_SEQ_LEN = 16384  # the recipe's
-CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sky-t1")
 CACHE_VERSION = 3  # part of the cache's key: raise it when what the cached files mean changes
 
 
@@ -1004,7 +1003,7 @@ class TokenizedRows:
 
 
 def load_rows(names, tokenizer, max_seq_len, end_token=None, system="skyt1", as_published=False,
-              cache=CACHE, quiet=False):
+              cache=None, quiet=False):
     """Reads, tokenises and caches the rows of several --data names. Returns TokenizedRows.
     Duplicates and rows over max_seq_len are dropped, with as_published kept and truncated. Raises
     ValueError and FileNotFoundError that name file and line."""
@@ -1016,7 +1015,11 @@ def load_rows(names, tokenizer, max_seq_len, end_token=None, system="skyt1", as_
     for source in sources:
         digest.update(content_digest(source))
     digest = digest.hexdigest()[:32]
-    folder = Path(cache).expanduser() / digest
+    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sky-t1"
+    try:
+        folder = Path(cache).expanduser() / digest
+    except RuntimeError:
+        raise ValueError(f"{cache}: there is no such home folder: set --cache") from None
     if not folder.exists():
         tokenize(sources, tokenizer, end_token, system, folder, quiet)
     try:
@@ -1405,7 +1408,7 @@ def run(main, when_out_of_memory):
 
 def main():
     """Prints counts, lengths, packing and one row of the data that the flags name."""
-    parser = ArgumentParser(description="Shows what train.py will see of some data, or with "
+    parser = ArgumentParser(description="Shows what train.py will see of some data, or with\n"
                                         "--decontaminate drops what evaluations ask.")
     add = parser.add
     add("data", "files, hub data sets or builtin:...", nargs="*", type="path")
@@ -1423,7 +1426,7 @@ def main():
     add("--end_token", "end of an assistant's turn, instead of the template's")
     add("--system", "system prompt of kept samples: skyt1, qwq, none, or a text", default="skyt1")
     add("--as_published", "keep duplicates, truncate long rows", action="store_true")
-    add("--cache", "folder of the token cache", type="path", default=CACHE)
+    add("--cache", "folder of the token cache (default: ~/.cache/sky-t1)", type="path")
     add("--row", "the kept row to show", type=int, default=0)
     args = parser.parse_args()
     check_above_0(args, "max_seq_len", "batch_size", "num_ranks", "ngram")

@@ -37,10 +37,9 @@ READ_BYTES = 2 ** 26       # weights are read in pieces of at most this size
 SHARD_BYTES = 5 * 10 ** 9  # size of one .safetensors file, as the published checkpoints have it
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # What a folder may hold in place of its weights, and what helps.
-OTHER_WEIGHTS = {"adapter_model.*": "merge the adapter into its model first (peft's "
-                                    "merge_and_unload, then save_pretrained)",
-                 "pytorch_model*.bin*": "convert it to safetensors first (transformers' "
-                                        "from_pretrained, then save_pretrained)"}
+OTHER_WEIGHTS = {
+    "adapter_model.*": "merge the adapter into its model first (merge_and_unload of peft)",
+    "pytorch_model*.bin*": "convert it to safetensors first (save_pretrained of transformers)"}
 
 
 # ------------------------------------------------------------------------------------ configuration
@@ -171,13 +170,12 @@ BUILTIN = {"builtin:tiny": Qwen2Config(
 
 
 def cpu_multiplies_bf16():
-    """Whether this CPU has instructions for products of bf16. oneDNN, which knows, says so on x86
-    from AVX-512 on, but emulates them there without AVX512_BF16 or AMX: so or converted number by
-    number they take 4 to 16 times as long as in float32."""
-    emulated = torch.cpu._is_avx512_supported() and not (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return (torch.backends.mkldnn.is_available() and not emulated
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether this CPU has instructions for products of bf16. oneDNN says so from AVX-512 on, where
+    it merely converts without AVX512_BF16 or AMX; where it has no kernels, PyTorch converts number
+    by number, which takes 4 to 16 times as long as float32."""
+    return (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+                 or not torch.cpu._is_avx512_supported()))
 
 
 # ------------------------------------------------------------------------------------------- layers
@@ -542,8 +540,7 @@ def absent(path):
     for pattern, remedy in OTHER_WEIGHTS.items():
         for other in path.parent.glob(pattern):
             return FileNotFoundError(f"{path} does not exist, but {other.name} does: {remedy}")
-    return FileNotFoundError(f"{path} does not exist: --model wants a whole folder in Hugging Face "
-                             "layout, its weights in safetensors")
+    return FileNotFoundError(f"{path} does not exist: --model wants a folder with safetensors")
 
 
 def open_safetensors(path):

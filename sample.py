@@ -10,7 +10,6 @@ the batch, the order, the number of processes, or on what a killed run had finis
 of another batch may differ in their last bits, which hardly ever changes a drawn token (see
 choose); in bf16 this holds for one number of slots.
 """
-import argparse
 import fcntl
 import hashlib
 import http.client
@@ -1165,8 +1164,7 @@ def load(args, rank, device):
 
 def parse_arguments():
     """The flags; ValueError for a value out of range."""
-    parser = data.ArgumentParser(description=__doc__,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = data.ArgumentParser(description=__doc__)
     add = parser.add
     add("--model", "folder, or name on the hub", type="path")
     add("--endpoint", "instead of --model: URL of a server of OpenAI's kind, such as "

@@ -75,10 +75,10 @@ MEMORY_SHARE = {"cuda": 0.88, "cpu": 0.5}
 
 def parse_arguments():
     """The flags, with the recipe's defaults or the built-in model's."""
-    its_own = ", ".join(f"{k} {v}" for k, v in BUILTIN_DEFAULTS.items())
+    its_own = "\n    ".join(f"{k} {v}" for k, v in BUILTIN_DEFAULTS.items())
     parser = data.ArgumentParser(
-        description="Fine-tunes a Qwen2. The defaults are the recipe of Sky-T1-32B-Preview; "
-                    f"builtin:tiny has its own: {its_own}")
+        description="Fine-tunes a Qwen2. The defaults are the recipe of Sky-T1-32B-Preview;\n"
+                    f"builtin:tiny has its own:\n    {its_own}")
     add = parser.add
     add("--model", "folder in Hugging Face layout, hub name, or builtin:tiny",
         default="builtin:tiny", type="path")
@@ -117,7 +117,7 @@ def parse_arguments():
     add("--compile", "torch.compile each block (for GPUs)", action="store_true")
     add("--save_steps", "steps from checkpoint to checkpoint", type=int, default=100)
     add("--keep_checkpoints", "newest checkpoints kept", type=int, default=2)
-    add("--cache", "folder of the tokenised rows", type="path", default=data.CACHE)
+    add("--cache", "folder of the tokenised rows (default: ~/.cache/sky-t1)", type="path")
     add("--dollars_per_gpu_hour", "what the progress bar, run.json and --plan count with",
         type=float, default=2.96)
     add("--plan", "only print what the run would need on 8xH100, 2x8xH200 or A100-40GB: memory, "

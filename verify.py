@@ -2686,7 +2686,8 @@ class ArgumentParser(argparse.ArgumentParser):
     is given again, a type "path". Its own errors are BadInput, and so one line, as all others."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self.register("action", None, Given)
         self.register("type", "path", expanded)
 
@@ -2703,13 +2704,11 @@ class Given(argparse.Action):
     """Stores a value; a list takes the default's place, and goes on where it is given again."""
 
     def __call__(self, parser, namespace, value, option=None):
-        before = getattr(namespace, self.dest)
-        values = value if isinstance(value, list) else [value]
-        if "" in values:
+        several, before = isinstance(value, list), getattr(namespace, self.dest)
+        if "" in (value if several else [value]):
             raise argparse.ArgumentError(self, "an empty text: is a variable not set?")
-        if values is value and before is not self.default:
-            value = before + values
-        setattr(namespace, self.dest, value)
+        again = several and before is not self.default
+        setattr(namespace, self.dest, before + value if again else value)
 
 
 def expanded(path):
@@ -2728,8 +2727,7 @@ def check_above_0(args, *names):
 
 def parse_arguments():
     """The flags, checked."""
-    parser = ArgumentParser(description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add
     add("samples", "files of samples, a JSON object a line", nargs="+", type="path")
     add("--out", "the samples with passed, extracted and reason, in their order; what the file "

@@ -988,12 +988,11 @@ def test_the_command_refuses_bad_input_in_one_line(arguments, says, tmp_path, mo
 def test_without_a_home_the_cache_is_named(monkeypatch):
     def nobody(number):
         raise KeyError(number)
-    monkeypatch.delenv("HOME")
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", nobody)
-    monkeypatch.setattr(data, "CACHE", "~/.cache/sky-t1")
-    monkeypatch.setattr(sys, "argv", ["data.py", "builtin:worked:10", "--model", "builtin:tiny"])
-    with pytest.raises(ValueError, match="argument --cache: ~/.cache/sky-t1: there is no such home"):
-        data.main()
+    with pytest.raises(ValueError, match="~/.cache/sky-t1: there is no such .* set --cache"):
+        load_rows(["builtin:worked:10"], builtin_tokenizer(), 200)
 
 
 @pytest.mark.slow

@@ -107,7 +107,8 @@ def test_bf16_that_a_cpu_merely_emulates_is_no_arithmetic(monkeypatch, emulates,
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: emulates)
     for name in ("avx512_bf16", "amx_tile"):
-        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in instructions)
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported",
+                            lambda name=name: name in instructions)
     assert model_module.cpu_multiplies_bf16() == expected
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     assert not model_module.cpu_multiplies_bf16()

@@ -5,17 +5,17 @@ packing, decontamination, built-in tasks.
     python data.py --decontaminate FILE --against BENCHMARK --out CLEAN     # drops what it asks
 
 A training row is ShareGPT (`system`, `conversations` of from/value), `messages` of role/content, or
-a kept sample (a problem's fields and `response`). Rows come from .json, .jsonl (also .gz), .csv and
+a kept sample (a problem's fields and `response`). A turn with `loss` false or null, or `weight` 0,
+is context and no target. Rows come from .json, .jsonl (also .gz), .csv and
 .parquet files, from data sets on the Hugging Face hub, and from `builtin:...`. So do problems,
 whose published layouts are told apart by their fields. Loss is taken on what the assistant says and
 on its end token, found by position: several tokenizers pad with their end token, and a mask made by
 token id would teach a model never to stop.
 
 Sources: the formats and prompts of NovaSky's Sky-T1 (github.com/NovaSky-AI/SkyThought); the chat
-template of Qwen2.5-Instruct. Limits: plain text turns only (no tools, no images); .parquet needs
-pyarrow.
+template of Qwen2.5-Instruct. Limits: text turns only (tools, reasoning apart from the answer and
+images are refused by name); .parquet needs pyarrow.
 """
-import argparse
 import base64
 import csv
 import errno
@@ -46,6 +46,7 @@ from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, pre_t
 from tqdm import tqdm
 
 from model import IGNORE, Qwen2Config
+from verify import TAGS, ArgumentParser, check_above_0, is_test, last_box
 
 # The system prompts of the trained model and of its teacher, by name, in the original's spelling.
 SYSTEM_PROMPTS = {
@@ -72,8 +73,6 @@ SYSTEM_PROMPTS = {
 QWEN_DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 # What the recipe puts before a bare problem.
-TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
-        "<|end_of_solution|>")  # plain text to Qwen's tokenizer
 MATH_PROMPT = "Return your final response within \\boxed{}. "
 CHOICE_PROMPT = ("Return your final response within \\boxed{} and only include the letter choice "
                  "(A, B, C, or D) as your final response. ")
@@ -85,10 +84,13 @@ CALL_PROMPT = ("Generate an executable Python function generated from the given 
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
          "gpt": "assistant"}
+# Of a row or a turn: they change what it says, and nothing here renders them.
+UNSUPPORTED = ("tools", "tool_calls", "function_call", "reasoning_content", "images")
+LOSS = {"loss": (True, False, None), "weight": (1, 0)}  # of a turn; the first is the default
 DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
 DATA_PATTERNS = [f"*{suffix}" for suffix in DATA_SUFFIXES]
 MAX_SEQ_LEN = 16384  # the recipe's
-CACHE_VERSION = 2  # part of the cache's key: raise it when what the cached files mean changes
+CACHE_VERSION = 3  # part of the cache's key: raise it when what the cached files mean changes
 
 
 # ---------------------------------------------------------------------- tokenizer and chat template
@@ -245,10 +247,10 @@ def conversation_segments(tokenizer, messages, end_token=None):
     """A conversation as (text, is_target) pieces that are tokenised one by one. A cut lies exactly
     where generation will start, so that the tokens learnt are those that a prompt is continued
     with, even if an answer begins with a newline. `end_token` replaces the template's behind each
-    answer; if it is another one, the text ends there."""
+    answer; if it is another one, the text ends there. Answers without loss are as rendered."""
     segments, done, end = [], "", tokenizer.end_token
     for k, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or not takes_loss(message, "assistant"):
             continue
         prompt = tokenizer.render(messages[:k], add_generation_prompt=True)
         answer = message["content"]
@@ -261,14 +263,17 @@ def conversation_segments(tokenizer, messages, end_token=None):
         segments += [(prompt[len(done):], False), (answer, True), (end_token or end, True)]
         done = prompt + answer + end
     text = tokenizer.render(messages)
-    if text.startswith(done) and (end_token or end) == end and messages[-1]["role"] == "assistant":
-        segments.append((text[len(done):], False))  # Qwen's newline after the end of the turn
+    # Qwen's newline after the end of the turn, and all that comes after the last target
+    if not segments or text.startswith(done) and (
+            end_token or end) == end and messages[-1]["role"] == "assistant":
+        segments.append((text[len(done):], False))
     return [s for s in segments if s[0]]
 
 
 def encode_conversation(tokenizer, messages, end_token=None):
     """messages (dicts of role and content) -> (token ids, mask): mask[i] is 1 exactly when token i
-    is a target (unshifted): the text of every assistant turn and its end token."""
+    is a target (unshifted): the text of every assistant turn and its end token, but for turns that
+    say `loss` false."""
     ids, mask = [], []
     for text, is_target in conversation_segments(tokenizer, messages, end_token):
         tokens = tokenizer.encode(text)
@@ -282,10 +287,10 @@ def encode_conversation(tokenizer, messages, end_token=None):
 def find(name, repo_type, patterns):
     """The local path of a file or folder, or of a hub repository (fetched once; HF_HUB_OFFLINE uses
     the cache alone). A name that looks like a path never asks the hub. Raises FileNotFoundError."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.exists():
         return path
-    is_path = name.startswith((".", "/", "~", "builtin:")) or name.endswith(DATA_SUFFIXES)
+    is_path = name.startswith((".", "/", "builtin:")) or name.endswith(DATA_SUFFIXES)
     if is_path or name.count("/") != 1:
         raise FileNotFoundError(f"{name} does not exist here, and is not the name of a "
                                 f"{repo_type} on the hub (owner/name)")
@@ -303,6 +308,17 @@ def find_model(name, weights=True):
     """The folder of a model; without weights only its configuration and tokenizer are fetched."""
     patterns = ["*.json", "*.jinja", "*.txt"] + ["*.safetensors"] * weights
     return name if name == "builtin:tiny" else find(name, "model", patterns)
+
+
+def read_generation_config(model_dir):
+    """A folder's generation_config.json, {} where there is none, and the end tokens it names."""
+    path = Path(model_dir) / "generation_config.json"
+    try:
+        generation = json.loads(path.read_text()) if path.is_file() else {}
+        ends = generation.get("eos_token_id") or []
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is broken ({error}): download it again, or remove it") from None
+    return generation, ends if isinstance(ends, list) else [ends]
 
 
 def find_data(name):
@@ -448,7 +464,9 @@ def recipe_prompt(problem):
 
 def to_messages(row, system="skyt1"):
     """A training row as messages. `system` (a name of SYSTEM_PROMPTS, "none", or a text) goes
-    before kept samples, which carry none. Raises ValueError that names the field."""
+    before kept samples, which carry none. Turns without loss say `loss` false. Raises ValueError
+    that names the field."""
+    refuse_unsupported(row)
     if isinstance(row.get("conversations"), list):
         turns = [turn_of(turn, "from", "value") for turn in row["conversations"]]
     elif isinstance(row.get("messages"), list):
@@ -473,13 +491,41 @@ def to_messages(row, system="skyt1"):
 
 
 def turn_of(turn, role_field, text_field):
-    """One message from a turn's two fields; ValueError that names the field."""
+    """One message from a turn's fields; ValueError that names the field."""
     if not isinstance(turn, dict) or role_field not in turn:
         raise ValueError(f"a turn has no `{role_field}`")
+    refuse_unsupported(turn)
     role, text = turn[role_field], turn.get(text_field)
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"unknown role {role!r}: must be one of {', '.join(ROLES)}")
-    return {"role": ROLES[role], "content": check_text(text, f"`{text_field}` of a {role} turn")}
+    what = f"`{text_field}` of a {role} turn"
+    if isinstance(text, list):
+        text = "".join(part_text(part, what) for part in text)
+    message = {"role": ROLES[role], "content": check_text(text, what)}
+    return message if takes_loss(turn, message["role"]) else message | {"loss": False}
+
+
+def refuse_unsupported(fields):
+    for name in UNSUPPORTED:
+        if fields.get(name) and fields[name] != "[]":
+            raise ValueError(f"`{name}` is not supported: rows are turns of plain text")
+
+
+def part_text(part, what):
+    """The text of one of a turn's parts, [{"type": "text", "text": ...}]."""
+    if not isinstance(part, dict) or part.get("type") != "text":
+        raise ValueError(f"{what} has a part that is not text: {str(part)[:60]}")
+    return check_text(part.get("text"), what)
+
+
+def takes_loss(turn, role):
+    """Whether a turn's `loss` and `weight` leave it a target, if its role makes it one."""
+    said = {name: turn[name] for name in LOSS if name in turn}
+    for name, value in said.items():
+        if value not in LOSS[name] or value and role != "assistant":
+            raise ValueError(f"`{name}` of a turn of the {role} is {value!r}: must be one of "
+                             f"{LOSS[name]}, and of the assistant alone a loss can be asked")
+    return all(said.values())
 
 
 def check_text(text, what):
@@ -676,7 +722,7 @@ def problem_rows(names):
                 yield row, f"{name}:{line}", "builtin"
             continue
         benchmark = Path(name).name if Path(name).name in EVALUATIONS else None
-        from_hub = not Path(name).expanduser().exists()
+        from_hub = not Path(name).exists()
         for path in find_evaluation(name) if benchmark else find_data(name):
             stem = re.sub(r"(-\d+-of-\d+)?\.(jsonl?|csv|parquet)(\.gz)?$", "", path.name)
             source = benchmark or (name if from_hub else stem)
@@ -717,14 +763,6 @@ def unusable(problem):
     if not problem["prompt"].strip():
         return "without question"
     return None if problem[needs] else f"without {needs}"
-
-
-def is_test(test):
-    forms = ({"input": str, "output": str}, {"fn_name": str, "args": list, "expected": object},
-             {"assert": str})
-    return (isinstance(test, dict) and isinstance(test.get("setup", ""), str)
-            and any(all(name in test and isinstance(test[name], kind)
-                        for name, kind in form.items()) for form in forms))
 
 
 def content_hash(problem, *names):
@@ -779,19 +817,6 @@ def lettered(row, options):
     return text_of(row, "question").strip() + "".join(lines)
 
 
-def last_boxed(text):
-    """What the last \\boxed or \\fbox with balanced braces holds, or ""."""
-    for box in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*(?:\{|(-?\d[\d.,]*))", text))):
-        if box[1]:  # \boxed 5
-            return box[1].rstrip(".,")
-        depth = 1
-        for token in re.finditer(r"\\.|[{}]", text[box.end():], re.S):
-            depth += {"{": 1, "}": -1}.get(token[0], 0)
-            if depth == 0:
-                return text[box.end():box.end() + token.start()].strip()
-    return ""
-
-
 def own_problem(row):
     """Our own problems, samples and verified samples."""
     problem = {**row, "prompt": text_of(row, "prompt")}
@@ -808,7 +833,9 @@ def math_problem(row):
     answer = scalar(row, "answer")
     if "####" in answer:  # GSM8K's: the working, then #### 1,234
         answer = answer.rpartition("####")[2].strip().replace(",", "")
-    answer = answer or last_boxed(scalar(row, "solution"))
+    solution = scalar(row, "solution")
+    bare = re.findall(r"\\(?:boxed|fbox)\s*(-?\d(?:[\d.,]*\d)?)", solution)  # \boxed 5
+    answer = answer or last_box(solution) or "".join(bare[-1:])
     return {"kind": "math", "prompt": text_of(row, "problem", "question").strip(),
             "answer": "" if answer in ("proof", "notfound") else answer}
 
@@ -989,7 +1016,10 @@ def load_rows(names, tokenizer, max_seq_len, end_token=None, system="skyt1", as_
         digest.update(content_digest(source))
     digest = digest.hexdigest()[:32]
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sky-t1"
-    folder = Path(cache).expanduser() / digest
+    try:
+        folder = Path(cache).expanduser() / digest
+    except RuntimeError:
+        raise ValueError(f"{cache}: there is no such home folder: set --cache") from None
     if not folder.exists():
         tokenize(sources, tokenizer, end_token, system, folder, quiet)
     try:
@@ -1331,13 +1361,6 @@ def print_packing(rows, config, args):
           f"{used / room:.1%} (no padding is computed), cost max/mean {np.mean(excess):.3f}")
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """Its own errors are a ValueError, and so one line, as all others."""
-
-    def error(self, message):
-        raise ValueError(f"{message} (-h explains the flags)")
-
-
 def one_line_errors(main):
     """Runs a script's main: what a user can get wrong ends in one line on stderr and exit status
     2. Of an error that all ranks raise (`everywhere`) rank 0 alone speaks."""
@@ -1385,32 +1408,28 @@ def run(main, when_out_of_memory):
 
 def main():
     """Prints counts, lengths, packing and one row of the data that the flags name."""
-    parser = ArgumentParser(description="Shows what train.py will see of some data, or with "
+    parser = ArgumentParser(description="Shows what train.py will see of some data, or with\n"
                                         "--decontaminate drops what evaluations ask.")
-    add = parser.add_argument
-    add("data", nargs="*", help="files, hub data sets or builtin:...")
-    add("--decontaminate", nargs="+",
-        help="rows to copy to --out, but those that share words with a problem of --against")
-    add("--against", nargs="+", help="problems that must not be trained on")
-    add("--ngram", type=int, default=8, help="words in a row that are shared (8)")
-    add("--out", help="the file of --decontaminate")
-    add("--model", help="folder, hub name or builtin:tiny: tokenizer and context length")
-    add("--max_seq_len", type=int,
-        help="tokens of a packed row (16384, or the model's positions if fewer)")
-    add("--batch_size", type=int, default=96, help="examples of one optimizer step (96)")
-    add("--num_ranks", type=int, default=8, help="GPUs to plan the packing for (8)")
-    add("--seed", type=int, default=42, help="of the order (42)")
-    add("--end_token", help="end of an assistant's turn, instead of the template's")
-    add("--system", default="skyt1",
-        help="system prompt of kept samples: skyt1, qwq, none, or a text")
-    add("--as_published", action="store_true", help="keep duplicates, truncate long rows")
-    add("--cache", help="folder of the token cache (~/.cache/sky-t1)")
-    add("--row", type=int, default=0, help="the kept row to show (0)")
+    add = parser.add
+    add("data", "files, hub data sets or builtin:...", nargs="*", type="path")
+    add("--decontaminate", "rows to copy to --out, but those that share words with a problem of "
+        "--against", nargs="+", type="path")
+    add("--against", "problems that must not be trained on", nargs="+", type="path")
+    add("--ngram", "words in a row that are shared", type=int, default=8)
+    add("--out", "the file of --decontaminate", type="path")
+    add("--model", "folder, hub name or builtin:tiny: tokenizer and context length", type="path")
+    add("--max_seq_len", f"tokens of a packed row ({MAX_SEQ_LEN}, or the model's positions if "
+        "fewer)", type=int)
+    add("--batch_size", "examples of one optimizer step", type=int, default=96)
+    add("--num_ranks", "GPUs to plan the packing for", type=int, default=8)
+    add("--seed", "of the order", type=int, default=42)
+    add("--end_token", "end of an assistant's turn, instead of the template's")
+    add("--system", "system prompt of kept samples: skyt1, qwq, none, or a text", default="skyt1")
+    add("--as_published", "keep duplicates, truncate long rows", action="store_true")
+    add("--cache", "folder of the token cache (default: ~/.cache/sky-t1)", type="path")
+    add("--row", "the kept row to show", type=int, default=0)
     args = parser.parse_args()
-    for name in ("max_seq_len", "batch_size", "num_ranks", "ngram"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be above 0")
-
+    check_above_0(args, "max_seq_len", "batch_size", "num_ranks", "ngram")
     if args.decontaminate:
         if not args.against or not args.out:
             raise ValueError("--decontaminate wants --against and --out")

@@ -19,7 +19,7 @@ head_dim, I intermediate_size, V vocab_size, N tokens that have a target.
 import contextlib
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,10 @@ LOSS_CHUNK = {"cuda": 2 ** 27, "cpu": 2 ** 25}  # logits held at once: 512 and 1
 READ_BYTES = 2 ** 26       # weights are read in pieces of at most this size
 SHARD_BYTES = 5 * 10 ** 9  # size of one .safetensors file, as the published checkpoints have it
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# What a folder may hold in place of its weights, and what helps.
+OTHER_WEIGHTS = {
+    "adapter_model.*": "merge the adapter into its model first (merge_and_unload of peft)",
+    "pytorch_model*.bin*": "convert it to safetensors first (save_pretrained of transformers)"}
 
 
 # ------------------------------------------------------------------------------------ configuration
@@ -78,14 +82,14 @@ class Qwen2Config:
     @classmethod
     def from_pretrained(cls, model_dir):
         """Reads config.json of transformers 4 (`rope_theta`) or 5 (`rope_parameters`), or a name
-        of BUILTIN. FileNotFoundError without the file; ValueError, which names file, field and
-        value, where it is broken, lacks a field or asks for something that is not built here."""
+        of BUILTIN; see own_head for weights that contradict it. FileNotFoundError without the file;
+        ValueError, which names file, field and value, where it is broken, lacks a field or asks for
+        something that is not built here."""
         if model_dir in BUILTIN:
             return BUILTIN[model_dir]
         path = Path(model_dir) / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: "
-                                    "--model wants a folder in Hugging Face layout")
+            raise absent(path)
         try:
             raw = json.loads(path.read_text())
             if not isinstance(raw, dict):
@@ -105,6 +109,8 @@ class Qwen2Config:
         except TypeError as error:
             raise ValueError(f"{path} lacks fields of a Qwen2: {error}") from None
         config.check(path)
+        if config.tie_word_embeddings and own_head(config, model_dir):
+            return replace(config, tie_word_embeddings=False)
         return config
 
     def check(self, path):
@@ -164,9 +170,12 @@ BUILTIN = {"builtin:tiny": Qwen2Config(
 
 
 def cpu_multiplies_bf16():
-    """Whether oneDNN has kernels for products of bf16 on this CPU (on x86 from AVX-512 on); without
-    them PyTorch converts number by number, which takes 4 to 16 times as long as float32."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether this CPU has instructions for products of bf16. oneDNN says so from AVX-512 on, where
+    it merely converts without AVX512_BF16 or AMX; where it has no kernels, PyTorch converts number
+    by number, which takes 4 to 16 times as long as float32."""
+    return (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+                 or not torch.cpu._is_avx512_supported()))
 
 
 # ------------------------------------------------------------------------------------------- layers
@@ -526,14 +535,54 @@ def weight_files(model_dir):
         return {name: single for name in file.keys()}
 
 
+def absent(path):
+    """The error for a file that a model folder lacks: it names what is there instead."""
+    for pattern, remedy in OTHER_WEIGHTS.items():
+        for other in path.parent.glob(pattern):
+            return FileNotFoundError(f"{path} does not exist, but {other.name} does: {remedy}")
+    return FileNotFoundError(f"{path} does not exist: --model wants a folder with safetensors")
+
+
 def open_safetensors(path):
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: the model folder is incomplete")
+        raise absent(path)
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}): "
                          "download it again") from None
+
+
+def stored_tensor(path, name, shape):
+    """A tensor of a file, of which pieces can be read; ValueError if it is not as it should be."""
+    try:
+        source = open_safetensors(path).get_slice(name)
+    except SafetensorError:
+        raise ValueError(f"{path} lacks {name}, which the index places there: "
+                         "download it again") from None
+    if source.get_shape() != list(shape):
+        raise ValueError(f"{path}: {name} has shape {source.get_shape()}, config.json asks for "
+                         f"{list(shape)}")
+    if source.get_dtype() not in SAFETENSORS_DTYPES.values():
+        raise ValueError(f"{path}: {name} has type {source.get_dtype()}, must be one of "
+                         f"{list(SAFETENSORS_DTYPES.values())}")
+    return source
+
+
+def own_head(config, model_dir):
+    """Whether the weights hold an lm_head that is not the embedding: some trainers write one and
+    yet `tie_word_embeddings`, and transformers too unties such a model. False where there are no
+    weights: train.py --plan needs none."""
+    shape, step = (config.vocab_size, config.hidden_size), READ_BYTES // (4 * config.hidden_size)
+    try:
+        files = weight_files(model_dir)
+        embedding, head = (stored_tensor(files[name], name, shape)
+                           for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    except (FileNotFoundError, KeyError):
+        return False
+    with torch.device("cpu"):  # not the caller's, which may be meta
+        return any((embedding[row:row + step] != head[row:row + step]).any()
+                   for row in range(0, config.vocab_size, step))
 
 
 def checked_files(model, model_dir):
@@ -555,29 +604,14 @@ def load_weights(model, model_dir):
     """Fills the parameters, strictly. Each process reads only its own rows, a piece at a time, so
     that host memory never holds more than its shard and READ_BYTES. ValueError, FileNotFoundError:
     missing or unexpected names, wrong shapes or types, truncated or missing files."""
-    files, parameters = checked_files(model, model_dir), dict(model.named_parameters())
-    for path in sorted(set(files.values())):
-        with open_safetensors(path) as file:
-            present = set(file.keys())
-            for name in (n for n, f in files.items() if f == path):
-                if name not in present:
-                    raise ValueError(f"{path} lacks {name}, which the index places there: "
-                                     "download it again")
-                load_tensor(parameters[name], file.get_slice(name), f"{path}: {name}")
-
-
-def load_tensor(parameter, source, where):
-    if list(parameter.shape) != source.get_shape():
-        raise ValueError(f"{where} has shape {source.get_shape()}, config.json asks for "
-                         f"{list(parameter.shape)}")
-    if source.get_dtype() not in SAFETENSORS_DTYPES.values():
-        raise ValueError(f"{where} has type {source.get_dtype()}, must be one of "
-                         f"{list(SAFETENSORS_DTYPES.values())}")
-    local, start = local_part(parameter)
-    step = max(1, READ_BYTES // (4 * max(1, local[:1].numel())))
-    for row in range(0, len(local), step):
-        piece = local[row:row + step]
-        piece.copy_(source[start + row:start + row + len(piece)])
+    files = checked_files(model, model_dir)
+    for name, parameter in model.named_parameters():
+        source = stored_tensor(files[name], name, parameter.shape)
+        local, start = local_part(parameter)
+        step = max(1, READ_BYTES // (4 * max(1, local[:1].numel())))
+        for row in range(0, len(local), step):
+            piece = local[row:row + step]
+            piece.copy_(source[start + row:start + row + len(piece)])
 
 
 @torch.no_grad()

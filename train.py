@@ -75,20 +75,19 @@ MEMORY_SHARE = {"cuda": 0.88, "cpu": 0.5}
 
 def parse_arguments():
     """The flags, with the recipe's defaults or the built-in model's."""
-    its_own = ", ".join(f"{k} {v}" for k, v in BUILTIN_DEFAULTS.items())
+    its_own = "\n    ".join(f"{k} {v}" for k, v in BUILTIN_DEFAULTS.items())
     parser = data.ArgumentParser(
-        description="Fine-tunes a Qwen2. The defaults are the recipe of Sky-T1-32B-Preview; "
-                    f"builtin:tiny has its own: {its_own}")
-
-    def add(name, help, **options):
-        shown = "" if options.get("default") is None else f" (default: {options['default']})"
-        parser.add_argument(name, help=help + shown, **options)
+        description="Fine-tunes a Qwen2. The defaults are the recipe of Sky-T1-32B-Preview;\n"
+                    f"builtin:tiny has its own:\n    {its_own}")
+    add = parser.add
     add("--model", "folder in Hugging Face layout, hub name, or builtin:tiny",
-        default="builtin:tiny")
-    add("--data", "files, hub data sets, builtin:worked, builtin:bare", nargs="+",
+        default="builtin:tiny", type="path")
+    add("--data", "files, hub data sets, builtin:worked, builtin:bare", nargs="+", type="path",
         default=["NovaSky-AI/Sky-T1_data_17k"])
-    add("--eval_data", "held-out rows: their loss is measured at each save", nargs="+")
-    add("--out", "output folder, then itself a --model (default: a fresh one under out/)")
+    add("--eval_data", "held-out rows: their loss is measured at each save", nargs="+",
+        type="path")
+    add("--out", "output folder, then itself a --model (default: a fresh one under out/)",
+        type="path")
     add("--resume", "continue the run in --out from its newest checkpoint", action="store_true")
     add("--num_train_epochs", "passes over the data", type=int, default=3)
     add("--max_steps", "length of the run in steps, instead of epochs; 0: epochs", type=int,
@@ -118,7 +117,7 @@ def parse_arguments():
     add("--compile", "torch.compile each block (for GPUs)", action="store_true")
     add("--save_steps", "steps from checkpoint to checkpoint", type=int, default=100)
     add("--keep_checkpoints", "newest checkpoints kept", type=int, default=2)
-    add("--cache", "folder of the tokenised rows (default: ~/.cache/sky-t1)")
+    add("--cache", "folder of the tokenised rows (default: ~/.cache/sky-t1)", type="path")
     add("--dollars_per_gpu_hour", "what the progress bar, run.json and --plan count with",
         type=float, default=2.96)
     add("--plan", "only print what the run would need on 8xH100, 2x8xH200 or A100-40GB: memory, "
@@ -137,10 +136,8 @@ def parse_arguments():
 
 def check_arguments(args):
     """ValueError for a value out of range and for flags that contradict each other."""
-    for name in ("num_train_epochs", "batch_size", "max_seq_len", "save_steps", "keep_checkpoints",
-                 "learning_rate", "max_grad_norm", "mfu"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be above 0")
+    data.check_above_0(args, "num_train_epochs", "batch_size", "max_seq_len", "save_steps",
+                       "keep_checkpoints", "learning_rate", "max_grad_norm", "mfu")
     if not 0 <= args.warmup_ratio <= 1 or args.max_steps < 0 or args.shard_size < 0:
         raise ValueError(f"--warmup_ratio {args.warmup_ratio} must be 0 to 1, --max_steps "
                          f"{args.max_steps} and --shard_size {args.shard_size} at least 0")
@@ -607,13 +604,7 @@ def check_disk(out, num_parameters, keep, dtype):
 
 def generation_config(model_dir, end_token_id, pad_token_id):
     """The model's generation_config.json (if it has one), changed to stop on the end token."""
-    path = Path(model_dir) / "generation_config.json"
-    try:
-        generation = json.loads(path.read_text()) if path.is_file() else {}
-        before = generation.get("eos_token_id") or []
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is broken ({error}): download it again, or remove it") from None
-    before = before if isinstance(before, list) else [before]
+    generation, before = data.read_generation_config(model_dir)
     generation["eos_token_id"] = [end_token_id] + [i for i in before if i != end_token_id]
     return generation if pad_token_id is None else {**generation, "pad_token_id": pad_token_id}
 

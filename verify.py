@@ -1768,6 +1768,12 @@ attempt("exec", lambda: os.execv("/bin/sh", ["sh", "-c", "echo exec"]))
 """
 
 
+def is_test(test):
+    return (isinstance(test, dict) and isinstance(test.get("setup", ""), str)
+            and any(all(name in test and isinstance(test[name], kind)
+                        for name, kind in form.items()) for form in TEST_FORMS))
+
+
 def run_program(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, without=(), allow_unsafe=False):
     """Run a Python program on its tests, each in a confined process of its own.
 
@@ -1778,11 +1784,9 @@ def run_program(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, without=(), al
     passed. Raises ValueError for a test of no known form, RuntimeError where programs cannot be
     confined and allow_unsafe is not set."""
     for number, test in enumerate(tests or (), 1):
-        if not isinstance(test, dict) or not any(
-                all(key in test and isinstance(test[key], kind)
-                    for key, kind in form.items()) for form in TEST_FORMS):
+        if not is_test(test):
             raise ValueError(f"test {number} has neither input and output, nor fn_name, args and "
-                             "expected, nor assert")
+                             "expected, nor assert (setup is text)")
     if unknown := set(without) - set(LAYERS):
         raise ValueError(f"{', '.join(sorted(unknown))}: no layer; they are {', '.join(LAYERS)}")
     if not tests:
@@ -2351,7 +2355,7 @@ def install_filter(program):
 
 
 TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
-        "<|end_of_solution|>")
+        "<|end_of_solution|>")  # plain text to Qwen's tokenizer
 
 
 def verify_sample(sample, **options):
@@ -2438,7 +2442,7 @@ def problem_key(row):
     return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
-class BadInput(Exception):
+class BadInput(ValueError):
     """One line for the user: exit status 2."""
 
 
@@ -2677,36 +2681,66 @@ def keep(verified, path, per_problem):
     return len(chosen), duplicates, sum(map(len, passing.values())) - len(chosen)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Its own errors are BadInput, as all others."""
+class ArgumentParser(argparse.ArgumentParser):
+    """The flags of every script: whole names alone, no empty texts, lists that go on where a flag
+    is given again, a type "path". Its own errors are BadInput, and so one line, as all others."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.register("action", None, Given)
+        self.register("type", "path", expanded)
+
+    def add(self, name, help, **options):
+        default = options.get("default")
+        shown = "" if default in (None, []) else f" (default: {default})"
+        self.add_argument(name, help=help + shown, **options)
 
     def error(self, message):
         raise BadInput(f"{message} (-h explains the flags)")
 
 
+class Given(argparse.Action):
+    """Stores a value; a list takes the default's place, and goes on where it is given again."""
+
+    def __call__(self, parser, namespace, value, option=None):
+        several, before = isinstance(value, list), getattr(namespace, self.dest)
+        if "" in (value if several else [value]):
+            raise argparse.ArgumentError(self, "an empty text: is a variable not set?")
+        again = several and before is not self.default
+        setattr(namespace, self.dest, before + value if again else value)
+
+
+def expanded(path):
+    """The path without ~, which a shell leaves in --out=~/run."""
+    if (whole := os.path.expanduser(path)).startswith("~"):
+        raise argparse.ArgumentTypeError(f"{path}: there is no such home folder (is HOME set?)")
+    return whole
+
+
+def check_above_0(args, *names):
+    """Refuses flags, where they are given, that are not."""
+    for name in names:
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            raise BadInput(f"--{name} {value}: must be above 0")
+
+
 def parse_arguments():
     """The flags, checked."""
-    parser = OneLineParser(description=__doc__,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("samples", nargs="+", help="files of samples, a JSON object a line")
-    parser.add_argument("--out", required=True,
-                        help="the samples with passed, extracted and reason, in their order; what "
-                             "the file holds already is not verified again")
-    parser.add_argument("--keep", help="the samples that passed, for train.py")
-    parser.add_argument("--per_problem", type=int,
-                        help="keep at most so many of each problem, the shortest (all)")
-    parser.add_argument("--timeout", type=float, default=10.0,
-                        help="CPU seconds of a program's test (10)")
-    parser.add_argument("--memory", type=int, default=DEFAULT_MEMORY,
-                        help="bytes of address space of a program (2 GiB)")
-    parser.add_argument("--workers", type=int, default=CORES, help="processes (one a core)")
-    parser.add_argument("--allow_unsafe", action="store_true",
-                        help="run programs even where they cannot be confined")
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add
+    add("samples", "files of samples, a JSON object a line", nargs="+", type="path")
+    add("--out", "the samples with passed, extracted and reason, in their order; what the file "
+        "holds already is not verified again", required=True, type="path")
+    add("--keep", "the samples that passed, for train.py", type="path")
+    add("--per_problem", "keep at most so many of each problem, the shortest (all)", type=int)
+    add("--timeout", "CPU seconds of a program's test", type=float, default=10.0)
+    add("--memory", "bytes of address space of a program", type=int, default=DEFAULT_MEMORY)
+    add("--workers", "processes, one a core", type=int, default=CORES)
+    add("--allow_unsafe", "run programs even where they cannot be confined", action="store_true")
+    add("--json", "print the summary as JSON", action="store_true")
     args = parser.parse_args()
-    for name in ("per_problem", "timeout", "memory", "workers"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            raise BadInput(f"--{name} is {getattr(args, name)}: more than 0")
+    check_above_0(args, "per_problem", "timeout", "memory", "workers")
     return args
 
 

@@ -51,6 +51,13 @@ def small_model(seed=0, **changes):
     return model
 
 
+def say_tied(model, folder, max_shard_bytes=10 ** 9):
+    """A folder of an untied model whose config.json says that it is tied."""
+    model.save_pretrained(folder, max_shard_bytes=max_shard_bytes)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+
+
 @pytest.fixture
 def model_dir(tmp_path):
     """A folder of a small model with the built-in tokenizer."""

@@ -170,6 +170,32 @@ def test_a_template_that_rewrites_earlier_turns_takes_single_answers_only(tmp_pa
         encode_conversation(tokenizer, [USER, thought, USER, thought])
 
 
+def without_loss(message):
+    return message | {"loss": False}
+
+
+@pytest.mark.parametrize("off", [0, 1, 2])
+def test_an_answer_without_loss_is_context(qwen, off):
+    answers = [{"role": "assistant", "content": text} for text in ("one", "two", "three")]
+    messages = [m for answer in answers for m in (USER, answer)]
+    messages[2 * off + 1] = without_loss(answers[off])
+    ids, mask = encode_conversation(qwen, messages)
+    assert ids == encode_conversation(qwen, [m for a in answers for m in (USER, a)])[0]
+    assert qwen.decode([i for i, m in zip(ids, mask) if m]) == "".join(
+        f"{a['content']}<|im_end|>" for a in answers if a is not answers[off])
+
+
+def test_an_answer_without_loss_is_encoded_as_a_chat_would_show_it(qwen):
+    first = {"role": "assistant", "content": "\n\none"}  # cut where it is a target
+    messages = [USER, without_loss(first), USER, ASSISTANT]
+    ids, mask = encode_conversation(qwen, messages, end_token="<|endoftext|>")
+    prompt = qwen.encode(render_chat([USER, first, USER], add_generation_prompt=True))
+    assert ids == prompt + qwen.encode(ASSISTANT["content"] + "<|endoftext|>")
+    assert mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+    ids, mask = encode_conversation(qwen, [USER, without_loss(first)], end_token="<|endoftext|>")
+    assert ids == qwen.encode(render_chat([USER, first])) and not any(mask)
+
+
 def test_load_tokenizer_needs_only_tokenizer_json(qwen, tmp_path):
     os.symlink(qwen.folder / "tokenizer.json", tmp_path / "tokenizer.json")
     bare = load_tokenizer(tmp_path)
@@ -214,6 +240,29 @@ EXPECTED = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}
     {"kind": None, "prompt": "u", "response": "a"}])
 def test_all_row_layouts_give_the_same_messages(row):
     assert to_messages(row, system="s") == EXPECTED
+
+
+@pytest.mark.parametrize("mark", [{"loss": False}, {"loss": None}, {"weight": 0}, {"weight": 0.0},
+                                  {"loss": False, "weight": 0}])
+def test_turns_say_that_no_loss_is_taken_on_them(mark):
+    turns = [{"from": "human", "value": "u", **mark}, {"from": "gpt", "value": "a", **mark}]
+    assert to_messages({"conversations": turns})[1] == without_loss(EXPECTED[2])
+    assert to_messages({"messages": [EXPECTED[1], EXPECTED[2] | mark]})[1] == without_loss(
+        EXPECTED[2])
+
+
+@pytest.mark.parametrize("mark", [{"loss": True}, {"weight": 1}, {"weight": 1.0}])
+def test_a_turn_that_asks_for_its_loss_is_like_any_other(mark):
+    assert to_messages({"messages": [EXPECTED[1], EXPECTED[2] | mark]}) == EXPECTED[1:]
+
+
+def test_text_parts_are_their_text_and_empty_extras_say_nothing():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "\nb"}]
+    extras = {"tool_calls": None, "reasoning_content": ""}
+    row = {"messages": [EXPECTED[1], {"role": "assistant", "content": parts, **extras}]}
+    for tools in (None, [], "[]", ""):
+        assert to_messages({**row, "tools": tools})[1] == {"role": "assistant", "content": "a\nb"}
+    assert data.question_of({"messages": [{"role": "user", "content": parts}, EXPECTED[2]]}) == "a\nb"
 
 
 def test_a_kept_sample_gets_the_recipes_prompts():
@@ -282,6 +331,35 @@ BROKEN = {
     "content": (lines({"messages": [{"role": "user", "content": None}]}),
                 "a.jsonl:1: `content` of a user turn is not a string"),
     "no role": (lines({"conversations": [{"value": "x"}]}), "a.jsonl:1: a turn has no `from`"),
+    **{f"{mark} of a {role}": (
+        lines({"messages": [EXPECTED[1] | (mark if role == "user" else {}),
+                            EXPECTED[2] | (mark if role != "user" else {})]}),
+        re.escape(f"a.jsonl:1: `{name}` of a turn of the {role} is {value!r}"))
+       for role, marks in (("assistant", [{"loss": "no"}, {"loss": []}, {"weight": 0.5},
+                                          {"weight": 2}, {"weight": None}]),
+                           ("user", [{"loss": True}, {"weight": 1}, {"weight": -1}]))
+       for mark in marks for name, value in mark.items()},
+    **{f"row's {name}": (lines(SHAREGPT, {**SHAREGPT, name: value}),
+                         f"a.jsonl:2: `{name}` is not supported")
+       for name, value in (("tools", [{"name": "f"}]), ("tools", '[{"name": "f"}]'),
+                           ("images", ["a.png"]))},
+    **{f"turn's {name}": (lines({"messages": [EXPECTED[1], {**EXPECTED[2], "content": content,
+                                                            name: value}]}),
+                          f"a.jsonl:1: `{name}` is not supported")
+       for name, value, content in (("tool_calls", [{"id": 1}], None),
+                                    ("function_call", {"name": "f"}, None),
+                                    ("reasoning_content", "hm", "a"))},
+    **{f"{role} turn": (lines({"messages": [*EXPECTED, {"role": role, "content": "x"}]}),
+                        f"a.jsonl:1: unknown role '{role}'") for role in ("tool", "function_call",
+                                                                         "observation")},
+    "image": (lines({"messages": [{"role": "user", "content": [
+        {"type": "text", "text": "u"}, {"type": "image_url", "image_url": {"url": "x"}}]},
+        EXPECTED[2]]}), "a.jsonl:1: `content` of a user turn has a part .*image_url"),
+    "part": (lines({"messages": [{"role": "user", "content": ["u"]}, EXPECTED[2]]}),
+             "a.jsonl:1: `content` of a user turn has a part that is not text: u"),
+    "part's text": (lines({"messages": [{"role": "user", "content": [{"type": "text"}]},
+                                        EXPECTED[2]]}),
+                    "a.jsonl:1: `content` of a user turn is not a string"),
     "another layout": (lines({"question": "x", "answer": "y"}),
                        r"a.jsonl:1: not a training row \(fields: question, answer\)"),
 }
@@ -371,6 +449,20 @@ def test_duplicates_and_long_rows_are_dropped_and_counted(tmp_path):
     assert [builtin_tokenizer().decode(rows[i][0][rows[i][1] == 1].tolist())
             for i in range(2)] == ["one<|im_end|>", "two<|im_end|>"]
     assert rows.where(1) == f"{path}:2"
+
+
+def test_rows_that_differ_in_their_loss_alone_are_no_duplicates(tmp_path):
+    path = tmp_path / "a.jsonl"
+    row = {"messages": 2 * answer("one")["messages"]}
+    first_off = {"messages": [*row["messages"][:1], without_loss(row["messages"][1]),
+                              *row["messages"][2:]]}
+    all_off = {"messages": [without_loss(m) for m in row["messages"]]}
+    path.write_bytes(lines(row, first_off, all_off, first_off))
+    for end_token in ("<|im_end|>", "<|endoftext|>"):
+        rows = load(path, tmp_path / "cache", end_token=end_token)
+        assert rows.counts == {"rows": 4, "duplicates": 1, "over max_seq_len": 0,
+                               "without a target": 1, "kept": 2}
+        assert rows.num_targets.tolist() == [8, 4]  # three letters and the end
 
 
 def test_as_published_keeps_duplicates_and_cuts_long_rows(tmp_path):
@@ -879,7 +971,11 @@ def test_the_command_shows_counts_lengths_packing_and_one_row(model_dir, rows_fi
     (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "200", "--row", "99"],
      "the rows kept are 0 to 9"),
     (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "5"],
-     "no row left to train on")])
+     "no row left to train on"),
+    (["builtin:worked:10", "--mod", "builtin:tiny"], "unrecognized arguments: --mod"),
+    (["builtin:worked:10", "--model", ""], "argument --model: an empty text"),
+    (["~nobody_x/rows.jsonl", "--model", "builtin:tiny"],
+     "argument data: ~nobody_x/rows.jsonl: there is no such home folder")])
 def test_the_command_refuses_bad_input_in_one_line(arguments, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("broken").write_text("{")
@@ -887,6 +983,16 @@ def test_the_command_refuses_bad_input_in_one_line(arguments, says, tmp_path, mo
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and last.startswith("error: ") and says in last
     assert "Traceback" not in done.stderr
+
+
+def test_without_a_home_the_cache_is_named(monkeypatch):
+    def nobody(number):
+        raise KeyError(number)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.raises(ValueError, match="~/.cache/sky-t1: there is no such .* set --cache"):
+        load_rows(["builtin:worked:10"], builtin_tokenizer(), 200)
 
 
 @pytest.mark.slow

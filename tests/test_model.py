@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
 import reference
-from conftest import SHAPES, small_config, small_model
+from conftest import SHAPES, say_tied, small_config, small_model
 from model import (IGNORE, LOSS_CHUNK, ChunkedCrossEntropy, Qwen2, Qwen2Config, RMSNorm,
                    packed_attention, rotary_embedding, rotate)
 
@@ -96,6 +96,22 @@ def test_train_flops_count_every_product():
     # two products, half of them masked
     attention = config.num_hidden_layers * 2 * (2 * config.hidden_size * 10 * 10) // 2
     assert config.train_flops(10) == 3 * (forward + attention)
+
+
+@pytest.mark.parametrize("emulates, instructions, expected", [
+    (True, [], False), (True, ["avx512_bf16"], True), (True, ["amx_tile"], True),
+    (False, [], True)])  # the last: arm64, where oneDNN alone is asked
+def test_bf16_that_a_cpu_merely_emulates_is_no_arithmetic(monkeypatch, emulates, instructions,
+                                                          expected):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: emulates)
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported",
+                            lambda name=name: name in instructions)
+    assert model_module.cpu_multiplies_bf16() == expected
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert not model_module.cpu_multiplies_bf16()
 
 
 # ------------------------------------------------------------------------------------------- layers
@@ -366,6 +382,56 @@ def test_saving_again_leaves_no_stale_shard(tmp_path):
     model.save_pretrained(tmp_path, max_shard_bytes=30_000)
     model.save_pretrained(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("max_shard_bytes", [30_000, 10 ** 9])
+def test_a_head_of_its_own_unties_a_folder_that_says_it_is_tied(tmp_path, max_shard_bytes):
+    model, folder = small_model(tie_word_embeddings=False), tmp_path / "claims"
+    say_tied(model, folder, max_shard_bytes)
+    read, ids = Qwen2.from_pretrained(folder), torch.randint(263, (20,))
+    assert not read.config.tie_word_embeddings
+    assert relative(read(ids[None])[0].double(),
+                    reference.logits(doubles(model), model.config, ids)) < 1e-5
+    read.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(load_file(tmp_path / "again/model.safetensors")["lm_head.weight"],
+                       model.lm_head.weight)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert relative(read(ids[None]), theirs(ids[None]).logits) < 1e-5
+
+
+def test_a_head_that_repeats_the_embedding_stays_tied(tmp_path):
+    model = small_model(tie_word_embeddings=False, vocab_size=2500)  # of several pieces
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    say_tied(model, tmp_path)
+    assert "lm_head.weight" not in Qwen2.from_pretrained(tmp_path).state_dict()
+    with torch.no_grad():
+        model.lm_head.weight[-1, -1] += 1
+    say_tied(model, tmp_path)
+    assert torch.equal(Qwen2.from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight)
+
+
+def test_a_tied_folder_without_weights_is_as_its_config_says(tmp_path):
+    say_tied(small_model(tie_word_embeddings=False), tmp_path, 30_000)
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()  # the index stays
+    assert Qwen2Config.from_pretrained(tmp_path).tie_word_embeddings
+    assert Qwen2Config.from_pretrained(write_config(tmp_path)).tie_word_embeddings is False
+
+
+@pytest.mark.parametrize("name, remedy", [
+    ("adapter_model.safetensors", "merge the adapter"), ("adapter_model.bin", "merge the adapter"),
+    ("pytorch_model.bin", "convert it"), ("pytorch_model.bin.index.json", "convert it")])
+@pytest.mark.parametrize("has_config", [True, False])
+def test_other_weights_are_named_with_their_remedy(tmp_path, name, remedy, has_config):
+    if has_config:
+        write_config(tmp_path, tie_word_embeddings=True)
+    (tmp_path / name).write_text("x")
+    with pytest.raises(FileNotFoundError, match=f"{name} does: {remedy}") as error:
+        Qwen2.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def breakages(folder):

@@ -186,8 +186,8 @@ def test_the_parts_of_a_plan_are_those_of_its_gpus():
 
 
 @pytest.mark.parametrize("gpus, said", [
-    ("8x", "write it as 8xH100"), ("", "write it as"), ("x8xH100", "is not in the table"),
-    ("8xH300", "H100 PCIe, H100, H200"), ("0xH100", "numbers above 0"),
+    ("8x", "write it as 8xH100"), ("", "argument --plan: an empty text"),
+    ("x8xH100", "is not in the table"), ("8xH300", "H100 PCIe, H100, H200"), ("0xH100", "numbers above 0"),
     ("8xH100-40GB", "comes with 80 GB")])
 def test_unknown_gpus_are_refused_in_one_line(plan, model_dir, rows_file, gpus, said):
     status, _, error = plan(gpus, "--model", model_dir, "--data", rows_file)

@@ -14,7 +14,7 @@ import pytest
 import sample
 import torch
 import verify
-from conftest import ROOT, run_script, small_model
+from conftest import ROOT, run_script, say_tied, small_model
 from sample import Engine, Request, Sampling, choose, generate, stream_key, uniform
 
 
@@ -297,7 +297,10 @@ def test_one_prompt_is_answered_on_standard_output(model_dir):
 @pytest.mark.parametrize("flags, word", [(["--n", "0"], "--n 0"), (["--top_p", "2"], "--top_p"),
                                          (["--max_new_tokens", "600"], "512"),
                                          (["--max_batch_tokens", "9"], "--max_batch_tokens"),
-                                         (["--tensor_parallel", "2"], "torchrun")])
+                                         (["--tensor_parallel", "2"], "torchrun"),
+                                         (["--temp", "1"], "unrecognized arguments: --temp 1"),
+                                         (["--system", ""], "argument --system: an empty text"),
+                                         (["--out=~nobody_x/o"], "no such home folder")])
 def test_bad_input_is_one_line(model_dir, problems, tmp_path, flags, word):
     done = run_script(*arguments(model_dir, problems, tmp_path / "out.jsonl"), *flags, check=False)
     assert done.returncode == 2 and word in done.stderr
@@ -337,6 +340,15 @@ def test_two_runs_never_write_one_file_and_no_question_takes_anothers_answer(tmp
         second.left([sample.Job([], row(1, "q"), None)])
     with pytest.raises(ValueError, match="two samples are number 0 of problem '1'"):
         second.left([job, job])
+
+
+def test_each_rank_of_a_split_model_has_the_head_that_is_stored(tmp_path):
+    model = small_model(tie_word_embeddings=False)
+    say_tied(model, tmp_path)
+    for rank in range(2):
+        split = sample.load_split(tmp_path, torch.float32, "cpu", rank, 2)
+        assert not split.config.tie_word_embeddings
+        assert torch.equal(split.lm_head.weight, model.lm_head.weight)
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import data
 import reference
 import train
-from conftest import ROOT, run_script, shared_file, small_model
+from conftest import ROOT, run_script, say_tied, shared_file, small_model
 from model import Qwen2, Qwen2Config, cpu_multiplies_bf16
 
 BASE = ["--max_seq_len", 256, "--batch_size", 8, "--learning_rate", 1e-3, "--dtype", "float32",
@@ -239,6 +239,20 @@ def test_epochs_asked_for_are_not_cut_short_by_the_built_in_models_steps(monkeyp
     assert max_steps("--num_train_epochs=2", "--max_steps", "7") == 7
     with pytest.raises(ValueError, match="--seed -1"):
         max_steps("--seed", "-1")
+    with pytest.raises(ValueError, match="unrecognized arguments: --num_train 2"):
+        max_steps("--num_train", "2")
+
+
+def test_data_given_twice_is_all_of_it_and_paths_are_expanded(monkeypatch):
+    def arguments(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        return train.parse_arguments()
+    monkeypatch.setenv("HOME", "/home/me")
+    assert arguments("--data", "a", "--data=~/b", "--data", "c").data == ["a", "/home/me/b", "c"]
+    assert arguments().data == ["builtin:worked"]
+    args = arguments("--model=~/m", "--out=~/o", "--eval_data", "~/e", "--cache=~/c")
+    assert args.data == ["NovaSky-AI/Sky-T1_data_17k"] and args.model == "/home/me/m"
+    assert (args.out, args.eval_data, args.cache) == ("/home/me/o", ["/home/me/e"], "/home/me/c")
 
 
 @pytest.mark.parametrize("flags", [
@@ -280,6 +294,20 @@ def test_one_two_and_three_processes_shard_or_replicate_to_the_same_run(tied, ro
         assert close(losses(tmp_path / name), losses(tmp_path / "one"), 1e-4), name
         for key, tensor in weights(tmp_path / name).items():
             assert torch.allclose(tensor, weights(tmp_path / "one")[key], atol=1e-4), (name, key)
+
+
+def test_each_rank_reads_a_head_that_config_json_denies(run, rows_file, tmp_path):
+    say_tied(small_model(tie_word_embeddings=False), tmp_path / "claims")
+    small_model(tie_word_embeddings=False).save_pretrained(tmp_path / "honest")
+    for name in ("claims", "honest"):
+        data.builtin_tokenizer().save(tmp_path / name)
+    arguments = ["--data", rows_file, *BASE, "--max_steps", 2]
+    assert run("--model", tmp_path / "honest", "--out", tmp_path / "one", *arguments)[0] == 0
+    run_script(ROOT / "train.py", "--model", tmp_path / "claims", "--out", tmp_path / "two",
+               *arguments, "--cache", tmp_path / "cache", processes=2)
+    assert close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-4)
+    assert not Qwen2Config.from_pretrained(tmp_path / "two").tie_word_embeddings
+    assert weights(tmp_path / "two").keys() == weights(tmp_path / "one").keys()
 
 
 def test_two_launchers_are_two_nodes(run, model_dir, rows_file, tmp_path):
@@ -575,6 +603,9 @@ def bad_inputs(model_dir, rows_file, tmp_path):
         "truncated weights": (["--model", truncated], "truncated"),
         "vocabulary": (["--model", narrow], "is beyond the model's vocabulary of 200"),
         "positions": (["--max_seq_len", 4096], "--max_seq_len 4096 is beyond the 512 positions"),
+        "no home": (["--out=~nobody_x/run"], "argument --out: ~nobody_x/run: there is no such home"),
+        "empty data": (["--data", ""], "argument --data: an empty text"),
+        "empty model": (["--model", ""], "argument --model: an empty text"),
         "no data": (["--data", "missing.jsonl"], "missing.jsonl does not exist"),
         "broken row": (["--data", broken], "broken.jsonl:41: broken JSON"),
         "end token": (["--end_token", "<|nothing|>"], "no token '<|nothing|>'"),
@@ -592,8 +623,8 @@ def bad_inputs(model_dir, rows_file, tmp_path):
 
 
 @pytest.mark.parametrize("name",
-                         ["no model", "no config", "no tokenizer", "truncated weights",
-                          "vocabulary", "positions", "no data",
+                         ["no home", "empty data", "empty model", "no model", "no config",
+                          "no tokenizer", "truncated weights", "vocabulary", "positions", "no data",
                                   "broken row", "end token", "too short", "foreign folder",
                           "resume", "batch", "offload", "shards", "generation",
                                   "pointer"])

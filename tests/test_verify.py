@@ -396,6 +396,59 @@ def test_a_broken_row_is_one_line_that_names_it(tmp_path, row, word):
     assert word in lines[-1] and "samples:2" in lines[-1]
 
 
+def parser():
+    parser = verify.ArgumentParser(prog="x")
+    parser.add("--data", "many", nargs="+", type="path", default=["d"])
+    parser.add("--stop", "many or none", nargs="*", default=[])
+    parser.add("--prompt", "a text")
+    parser.add("--out", "a path", type="path", default="~/out")
+    return parser
+
+
+def test_a_list_that_is_given_again_goes_on_and_replaces_the_default(monkeypatch):
+    assert parser().parse_args([]).data == ["d"]
+    for again in (["--data", "a", "b", "--data", "c"], ["--data=a", "--data", "b", "c"]):
+        args = parser().parse_args([*again, "--stop", "x", "--stop", "y", "z"])
+        assert args.data == ["a", "b", "c"] and args.stop == ["x", "y", "z"]
+    twice = parser()
+    for _ in range(2):  # neither the default nor an earlier call is added to
+        assert twice.parse_args(["--data", "a", "--stop", "x"]).stop == ["x"]
+    twice.set_defaults(data=["e"])
+    assert twice.parse_args([]).data == ["e"] and twice.parse_args(["--data", "a"]).data == ["a"]
+
+
+def test_home_is_expanded_in_paths_alone(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = parser().parse_args(["--data=~/a", "--data", "b", "~", "--prompt", "~/a", "--stop", "~"])
+    assert args.data == ["/home/me/a", "b", "/home/me"] and args.out == "/home/me/out"
+    assert args.prompt == "~/a" and args.stop == ["~"]
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--dat", "a"], "unrecognized arguments: --dat a"),
+    (["--data", ""], "argument --data: an empty text"),
+    (["--data", "a", ""], "argument --data: an empty text"),
+    (["--stop", ""], "argument --stop: an empty text"),
+    (["--prompt="], "argument --prompt: an empty text"),
+    (["--out", ""], "argument --out: an empty text"),
+    (["--out=~nobody_x/run"], "argument --out: ~nobody_x/run: there is no such home folder")])
+def test_flags_that_say_something_else_than_they_seem_are_refused(flags, says):
+    with pytest.raises(verify.BadInput) as error:
+        parser().parse_args(flags)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--ou", "x"], "--out"), (["--out", "x", "--kee", "y"], "unrecognized arguments: --kee y"),
+    (["--out", ""], "argument --out: an empty text"),
+    (["--out", "~nobody_x/v"], "~nobody_x/v: there is no such home folder"),
+    (["--out", "x", "--timeout", "0"], "--timeout 0.0: must be above 0")])
+def test_bad_flags_are_one_line(flags, says, tmp_path):
+    done = run_script(ROOT / "verify.py", tmp_path / "s.jsonl", *flags, check=False)
+    assert done.returncode == 2 and says in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
 def test_a_rewritten_sample_keeps_its_tags_its_thought_and_its_answer():
     thought, (a, b, c, d) = "We add two and two. " * 20, verify.TAGS
     original = thought + r"So \boxed{4}."

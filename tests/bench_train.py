@@ -2,7 +2,6 @@
 
     python tests/bench_train.py loss                            # chunked loss, plain cross_entropy
     python tests/bench_train.py step --model DIR --data FILE    # train.py, a transformers loop
-    python tests/bench_train.py blocks                          # one GPU: 32B's blocks, 16k tokens
 
 Every variant runs in a process of its own, so that its peak memory is its own; variants take turns,
 so that a noisy machine disturbs them alike; the ratios of medians are what to quote. `step` needs
@@ -172,79 +171,17 @@ def table(title, results, base):
               f"memory x {row['bytes'] / median[base]['bytes']:.2f}")
 
 
-# ------------------------------------------------------------------------------------------- blocks
-
-def blocks_variant(kind, recompute, layers, tokens, steps=6):
-    """Forward and backward of `layers` blocks of Qwen2.5-32B's shape, one document of `tokens`
-    tokens, bf16, on one GPU."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    from model import Qwen2, Qwen2Config
-    config = Qwen2Config(vocab_size=256, hidden_size=5120, intermediate_size=27648,
-                         num_hidden_layers=layers,
-                         num_attention_heads=40, num_key_value_heads=8)
-    if kind == "transformers":
-        import transformers
-        fields = dict(vocab_size=256, hidden_size=5120, intermediate_size=27648,
-                      num_hidden_layers=layers,
-                      num_attention_heads=40, num_key_value_heads=8, tie_word_embeddings=False)
-        with torch.device("cuda"):
-            model = transformers.Qwen2ForCausalLM(
-                transformers.Qwen2Config(**fields)).to(torch.bfloat16)
-        model.train()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        with torch.device("cuda"):
-            model = Qwen2(config).to(torch.bfloat16)
-        for p in model.parameters():
-            torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 else torch.nn.init.ones_(p)
-        model.recompute = recompute.removesuffix("+compile")
-        if recompute.endswith("+compile"):
-            for block in model.model.layers:
-                block.compile(dynamic=True)
-    ids = torch.randint(256, (1, tokens), device="cuda")
-    backends = {"cudnn": [SDPBackend.CUDNN_ATTENTION], "flash": [SDPBackend.FLASH_ATTENTION]}.get(
-        kind, [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-    times = []
-    with sdpa_kernel(backends):
-        for _ in range(steps):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            loss = model(ids, labels=ids).loss if kind == "transformers" else model(ids, ids)
-            loss.backward()
-            model.zero_grad()
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-    seconds = statistics.median(times[2:])
-    return dict(seconds=seconds, bytes=torch.cuda.max_memory_allocated(),
-                mfu=config.train_flops(tokens) / seconds / 989e12)
-
-
-def bench_blocks(args):
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {args.layers} blocks of "
-          f"32B's shape, {args.tokens} tokens")
-    for kind in ("flash", "cudnn", "transformers"):
-        for recompute in ("block",) if kind == "transformers" else ("none", "block", "tiled",
-                                                                    "block+compile"):
-            try:
-                row = worker("blocks", kind, recompute, args.layers, args.tokens)
-                print(f"  {kind:12} recompute {recompute:14} {row['seconds']:.3f} s  "
-                      f"{row['bytes'] / 2 ** 30:5.1f} GiB  MFU {row['mfu']:.1%}")
-            except subprocess.CalledProcessError:
-                print(f"  {kind:12} recompute {recompute:14} failed (memory, or not installed)")
-
-
 def main():
     if sys.argv[1:2] == ["worker"]:
         kind, *rest = sys.argv[2:]
         rest = [int(r) if r.isdigit() else r for r in rest]
-        function = {"loss": loss_worker, "transformers": transformers_worker, "train": train_worker,
-                    "blocks": blocks_variant}[kind]
+        function = {"loss": loss_worker, "transformers": transformers_worker,
+                    "train": train_worker}[kind]
         print(json.dumps(function(*rest)))
         return
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["loss", "step", "blocks"])
+    parser.add_argument("what", choices=["loss", "step"])
     parser.add_argument("--model", help="a folder, for step")
     parser.add_argument("--data", nargs="+", help="training rows, for step")
     parser.add_argument("--batch_size", type=int, default=16)
@@ -256,11 +193,8 @@ def main():
     parser.add_argument("--max_seq_len", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=16384)
     args = parser.parse_args()
-    {"loss": lambda: bench_loss(args.repeats), "step": lambda: bench_step(args),
-     "blocks": lambda: bench_blocks(args)}[args.what]()
+    {"loss": lambda: bench_loss(args.repeats), "step": lambda: bench_step(args)}[args.what]()
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ template of Qwen2.5-Instruct. Limits: text turns only (tools, reasoning apart fr
 images are refused by name); .parquet needs pyarrow.
 """
 import base64
+import contextlib
 import csv
 import errno
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -30,14 +32,20 @@ import pickle
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
-import time
 import unicodedata
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+
+from verify import TAGS, ArgumentParser, begin_script, check_above_0, is_test, last_box
+
+if __name__ == "__main__":
+    begin_script()
 
 import numpy as np
 import torch
@@ -46,7 +54,6 @@ from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, pre_t
 from tqdm import tqdm
 
 from model import IGNORE, Qwen2Config
-from verify import TAGS, ArgumentParser, check_above_0, is_test, last_box
 
 # The system prompts of the trained model and of its teacher, by name, in the original's spelling.
 SYSTEM_PROMPTS = {
@@ -1361,47 +1368,85 @@ def print_packing(rows, config, args):
           f"{used / room:.1%} (no padding is computed), cost max/mean {np.mean(excess):.3f}")
 
 
-def one_line_errors(main):
-    """Runs a script's main: what a user can get wrong ends in one line on stderr and exit status
-    2. Of an error that all ranks raise (`everywhere`) rank 0 alone speaks."""
+def lock(file, name):
+    """Holds the lock of an open file for as long as it is open, at most as this process lives.
+    ValueError if another run has it (or had, and is just removing the file)."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(file.fileno()).st_nlink:
+            raise BlockingIOError
+    except BlockingIOError:
+        raise ValueError(f"{name} is being written by another run") from None
+
+
+def own_device():
+    """The GPU of this process, or the CPU where there is none. ValueError for too few GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if wanted > there:
+        raise ValueError(f"{wanted} processes, but {there} GPUs here: lower --nproc_per_node, or "
+                         "set CUDA_VISIBLE_DEVICES= to use the CPU")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def give_up(text):
+    """Ends this process with status 2 and one line for all processes of its torchrun: most errors
+    are either everyone's, or come of the end of another. The first to have one tells it."""
+    for bar in list(tqdm._instances):
+        bar.close()  # the error has a line of its own
+    line, first = "error: " + " ".join(text.split()), True
+    if dist.is_torchelastic_launched():
+        # sent to all others as soon as one has ended, which may be before this one has spoken
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with contextlib.suppress(RuntimeError):  # the store is gone with its torchrun
+            store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))
+            first = store.add("errors", 1) == 1
+        line = "\n" + line  # after another's bar
+    if first:
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def one_line_errors(main, when_out_of_memory="", how_to_go_on=""):
+    """Runs a script's main and, if it goes well, waits for the other ranks. What a user can get
+    wrong, a full GPU and the end of another rank are one line on stderr and exit status 2."""
+    def stop(*_):
+        raise dist.DistError("another process died, or torchrun was stopped")
+    if dist.is_torchelastic_launched():
+        signal.signal(signal.SIGTERM, stop)
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # `python data.py ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except (ValueError, OSError) as error:
-        rank, everywhere = int(os.environ.get("RANK", 0)), getattr(error, "everywhere", False)
-        if rank > 0:  # torchrun ends the others as soon as one has ended: rank 0 speaks first
-            time.sleep(3 if everywhere else 10)
-        for bar in list(getattr(tqdm, "_instances", ())):
-            bar.close()  # the error has a line of its own
-        if rank == 0 or not everywhere:
-            of_file = getattr(error, "filename", None)
-            text = f"{of_file}: {error.strerror}" if of_file else str(error)
-            print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
-def run(main, when_out_of_memory):
-    """The script of a process that torchrun may have started: main() with its errors in one line,
-    advice for a full GPU among them. It ends at once, after all ranks if it went well: a normal
-    exit ends the interpreter while the process group's threads may still want it, which now and
-    then aborts a run that succeeded."""
-    status = 0
-    try:
-        one_line_errors(main)
         if dist.is_initialized():
             dist.barrier()
-    except SystemExit as end:
-        status = end.code or 0
-    except torch.OutOfMemoryError:  # perhaps on this rank alone, so each says it
-        print(f"error: out of GPU memory: {when_out_of_memory}", file=sys.stderr)
-        status = 2
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except torch.OutOfMemoryError:
+        give_up(f"out of GPU memory: {when_out_of_memory}")
+    except (ValueError, OSError) as error:
+        of_file = getattr(error, "filename", None)
+        give_up(f"{of_file}: {error.strerror}" if of_file else str(error))
+    except dist.DistError as error:
+        give_up(f"{error}: {how_to_go_on}")
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        give_up(f"another process died: {how_to_go_on}")
+
+
+def run(main, *advice):
+    """one_line_errors as a whole script. A process of a group ends at once: a normal exit ends the
+    interpreter while the group's threads may still want it, which now and then aborts a run that
+    succeeded."""
+    status = 0
+    try:
+        one_line_errors(main, *advice)
+    except SystemExit as ended:
+        status = ended.code or 0
     if dist.is_initialized():
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 

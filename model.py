@@ -702,5 +702,4 @@ def together(write, gathered=()):
         dist.broadcast_object_list(errors)
         error = errors[0]
     if error is not None:
-        error.everywhere = True  # rank 0 alone tells it (data.one_line_errors)
         raise error

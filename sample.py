@@ -10,7 +10,6 @@ the batch, the order, the number of processes, or on what a killed run had finis
 of another batch may differ in their last bits, which hardly ever changes a drawn token (see
 choose); in bf16 this holds for one number of slots.
 """
-import fcntl
 import hashlib
 import http.client
 import json
@@ -31,6 +30,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
+
+import verify
+
+if __name__ == "__main__":
+    verify.begin_script()
 
 import torch
 import torch.distributed as dist
@@ -594,10 +598,7 @@ class SampleFile:
             raise ValueError(f"{self.path} is no file: name another --out")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = open(f"{self.path}.settings.json", "a+", encoding="utf-8")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.path} is being written by another run") from None
+        data.lock(self.lock, self.path)
         self.lock.seek(0)
         try:
             before = dict(json.loads(self.lock.read() or "{}"))
@@ -1280,20 +1281,18 @@ def chosen_problems(args, rank):
 def start_processes(args):
     """(rank, device, store) of this process under torchrun; alone the store is None."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
     if args.tensor_parallel not in (1, world_size):
         raise ValueError(f"--tensor_parallel {args.tensor_parallel} wants as many processes: "
                          f"torchrun --nproc_per_node={args.tensor_parallel}")
+    device = data.own_device()
     if world_size == 1:
-        return rank, device, None
-    if cuda:
-        torch.cuda.set_device(device)
+        return rank, str(device), None
     store, _, _ = next(dist.rendezvous("env://"))
-    dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store),
+    on_gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.PrefixStore("group", store),
                             rank=rank, world_size=world_size, timeout=timedelta(hours=4),
-                            device_id=torch.device(device) if cuda else None)
-    return rank, device, store
+                            device_id=device if on_gpu else None)
+    return rank, str(device), store
 
 
 def rewrite_by_rule(args):
@@ -1348,4 +1347,5 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main, "lower --max_batch_tokens or --max_slots, or raise --tensor_parallel")
+    data.run(main, "lower --max_batch_tokens or --max_slots, or raise --tensor_parallel",
+             "the same command goes on")

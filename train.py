@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -32,6 +33,10 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import verify
+
+if __name__ == "__main__":
+    verify.begin_script()
 # read when torch first meets the GPU
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -157,57 +162,33 @@ def start_processes(deterministic):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    on_gpu = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if on_gpu and local_world_size > torch.cuda.device_count():
-        raise ValueError(f"{local_world_size} processes, but {torch.cuda.device_count()} GPUs "
-                         "here: lower --nproc_per_node, or set CUDA_VISIBLE_DEVICES= to use the "
-                         "CPU")
-    if on_gpu:
-        torch.cuda.set_device(local_rank)
+    device = data.own_device()
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     # objects and checkpoints' plans travel over gloo; hours, as one rank may fetch 65 GB meanwhile
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=4),
-                            **alone)
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                            timeout=timedelta(hours=4), **alone)
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def on_every_rank(error):
-    """The error, marked as one that every rank raises: rank 0 alone tells it."""
-    error.everywhere = True
-    return error
-
-
-def agreed(function, *args, here=True):
-    """function(*args) on every rank that is `here`, None on the others. What a user can mend is
-    raised on all ranks if it is raised on one."""
-    result = error = None
-    try:
-        result = function(*args) if here else None
-    except (ValueError, OSError) as caught:
-        error = caught
-    errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for error in errors:
-        if error is not None:
-            raise on_every_rank(error)
-    return result
+def from_all_ranks(value):
+    """Each rank's value, on every rank. A rank that fails before it comes here says why and ends;
+    the others hear that it died, and leave the word to it (data.give_up)."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)  # over gloo: NCCL would wait for the dead
+    return values
 
 
 def node_by_node(function, *args):
     """function(*args) on the first rank of each node, which fetches and caches, then on others."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    result = agreed(function, *args, here=first)
-    return agreed(function, *args, here=not first) or result
+    result = function(*args) if first else None
+    from_all_ranks(None)
+    return result if first else function(*args)
 
 
 def from_rank_0(function, *args):
-    """The result, or the error, of function(*args) on rank 0."""
-    result = [agreed(function, *args, here=dist.get_rank() == 0)]
-    dist.broadcast_object_list(result)
-    return result[0]
+    """The result of function(*args) on rank 0."""
+    return from_all_ranks(function(*args) if dist.get_rank() == 0 else None)[0]
 
 
 # ------------------------------------------------------------------------- model, memory, optimizer
@@ -379,17 +360,16 @@ def training_state(model, optimizer):
 
 def save_checkpoint(folder, model, optimizer, step, settings, keep):
     """Writes step-N aside, makes it durable, renames it, and only then removes older ones. OSError
-    on every rank if one cannot write; what was there before stays. Collective."""
+    if a rank cannot write; what was there before stays. Collective."""
     path, aside = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
     from_rank_0(clear_unfinished, folder)
     try:
         dcp.save(training_state(model, optimizer), checkpoint_id=aside)
     except dcp.api.CheckpointException as error:
-        if dist.get_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
+        from_rank_0(clear_unfinished, folder)
         reason = next(iter(error.failures.values()))[0]
-        raise on_every_rank(OSError(f"cannot write the checkpoint {path} ({reason}): "
-                                    "free some disk, then --resume")) from None
+        raise OSError(f"cannot write the checkpoint {path} ({reason}): free some disk, then "
+                      "--resume") from None
 
     def publish():
         write_durably(aside / "state.json",
@@ -449,12 +429,12 @@ def run_settings(args, model_dir, rows):
 
 
 def fingerprint(model_dir):
-    """Hash of a model folder's configuration and of its weight files' headers and sizes."""
+    """Hash of a model folder's configuration, index, and weight files' headers and sizes."""
     if model_dir in BUILTIN:
         return str(model_dir)
     digest = hashlib.sha256()
     digest.update((Path(model_dir) / "config.json").read_bytes())
-    for path in sorted(Path(model_dir).glob("*.safetensors")):
+    for path in sorted(Path(model_dir).glob("*.safetensors*")):
         size = path.stat().st_size
         with open(path, "rb") as file:
             digest.update(file.read(min(size, int.from_bytes(file.read(8), "little"))))
@@ -462,22 +442,42 @@ def fingerprint(model_dir):
     return digest.hexdigest()[:32]
 
 
-def check_folder(args, settings):
-    """The output folder's name. ValueError for another run's, and for settings changed since."""
+@contextlib.contextmanager
+def locked(out, is_fresh=False):
+    """Makes the folder (FileExistsError if it is there and must be fresh) and holds its lock, which
+    ends with the process at the latest. Then the lock is gone, and so is a folder made for nothing:
+    a run refused before its settings are written."""
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    out.mkdir(parents=True, exist_ok=not is_fresh)
+    with open(out / "train.lock", "a") as file:
+        data.lock(file, f"--out {out}")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # what holds a run is not empty
+                os.unlink(file.name)
+                for path in made:
+                    path.rmdir()
+
+
+def claim_folder(args, settings, held):
+    """The output folder's name. Before its content is looked at, the folder is locked, for as long
+    as `held`, an ExitStack, is open: of two runs at once one is refused, or takes the next default.
+    ValueError for a folder in use, for another run's, and for settings changed since."""
     if args.out is None:
-        stem, number = Path(args.model.split(":")[-1]).name, 1
-        while (Path("out") / f"{stem}-{number}").exists():
-            number += 1
-        return f"out/{stem}-{number}"
+        for number in itertools.count(1):
+            out = Path(f"out/{Path(args.model.split(':')[-1]).name}-{number}")
+            with contextlib.suppress(FileExistsError):
+                held.enter_context(locked(out, is_fresh=True))
+                return str(out)
     out, file = Path(args.out), Path(args.out) / "settings.json"
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file")
-    # the latter: killed as it began
-    if not out.exists() or all(p.name == "settings.json.tmp" for p in out.iterdir()):
-        return args.out
-    if not file.exists():
+    if out.exists() and not file.exists() and {path.name for path in out.iterdir()} - {
+            "train.lock", "settings.json.tmp"}:  # left by a run that was killed as it began
         raise ValueError(f"--out {out} is not empty and holds no run of train.py: "
                          "choose another folder")
+    held.enter_context(locked(out))
+    if not file.exists():
+        return args.out
     if not args.resume:
         raise ValueError(f"--out {out} holds another run: "
                          "choose another folder, or continue it with --resume")
@@ -493,22 +493,22 @@ def check_folder(args, settings):
     return args.out
 
 
-def make_folder(out, settings):
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "settings.json").exists():
-        write_durably(out / "settings.json", [json.dumps(settings, indent=2).encode()])
-    (out / "checkpoints").mkdir(exist_ok=True)
+def is_finished(out):
+    """Whether the exported weights are there, none missing or cut."""
+    try:
+        return json.loads((out / "run.json").read_text())["weights"] == fingerprint(out)
+    except (OSError, ValueError):
+        return False
 
 
 def same_everywhere(settings):
     """ValueError where processes, on several nodes perhaps, see another model or other data."""
-    seen = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, settings)
+    seen = from_all_ranks(settings)
     for rank, other in enumerate(seen):
         if other != seen[0]:
             keys = [k for k in settings if other[k] != seen[0][k]]
-            raise on_every_rank(ValueError(f"rank {rank} sees another {', '.join(keys)} than "
-                                           "rank 0: give every node the same files"))
+            raise ValueError(f"rank {rank} sees another {', '.join(keys)} than rank 0: give "
+                             "every node the same files")
 
 
 class Log:
@@ -725,15 +725,12 @@ def refuse_step(step, rows, mine, losses, grad_norm):
     """ValueError for a loss or gradient that is not finite, with the rows' names. Collective."""
     names = [rows.where(i) for documents, loss in zip(mine, losses.tolist())
              if not math.isfinite(loss) for i in documents]
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, names)
-    names = [name for several in gathered for name in several]
+    names = [name for several in from_all_ranks(names) for name in several]
     where = f"(gradient norm {grad_norm})"
     if names:
         where = f"on rows {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
-    raise on_every_rank(ValueError(
-        f"the loss is not finite at step {step} {where}: the step is not taken; mend these rows or "
-        "lower --learning_rate, and begin a run with another --out"))
+    raise ValueError(f"the loss is not finite at step {step} {where}: the step is not taken; mend "
+                     "these rows or lower --learning_rate, and begin a run with another --out")
 
 
 def load_data(args, config, tokenizer):
@@ -976,12 +973,9 @@ def print_plan(args):
                          "--max_seq_len, or --recompute auto --offload auto")
 
 
-def main():
-    """One run: processes, input, model, output folder, the loop, the finished folder."""
-    args = parse_arguments()
-    if args.plan is not None:
-        return print_plan(args)
-
+def train(args, held):
+    """One run: processes, input, model, output folder, the loop, the finished folder. `held` is an
+    ExitStack, which lets the folder go."""
     # 1. processes
     rank, world_size, device = start_processes(args.deterministic)
     shard_size = shard_size_of(args, world_size)
@@ -995,21 +989,20 @@ def main():
 
     # 2. input: what a user can get wrong is refused here, before anything is created
     model_dir = node_by_node(data.find_model, args.model)
-    config = agreed(Qwen2Config.from_pretrained, model_dir)
-    tokenizer = agreed(data.load_tokenizer, model_dir)
-    agreed(data.check_against_model, args, config, tokenizer)
+    config = Qwen2Config.from_pretrained(model_dir)
+    tokenizer = data.load_tokenizer(model_dir)
+    data.check_against_model(args, config, tokenizer)
     rows, eval_rows = node_by_node(load_data, args, config, tokenizer)
-    settings = agreed(run_settings, args, model_dir, rows)
+    settings = run_settings(args, model_dir, rows)
     same_everywhere({**settings, "products": args.products})
-    args.out = from_rank_0(check_folder, args, settings)
+    args.out = from_rank_0(claim_folder, args, settings, held)
     out = Path(args.out)
-    newest, is_finished = from_rank_0(lambda: (checkpoints(out / "checkpoints")[-1:],
-                                               (out / "run.json").exists()))
-    if is_finished:
+    newest = from_rank_0(checkpoints, out / "checkpoints")[-1:]
+    if from_rank_0(is_finished, out):
         say(f"{out} is finished: nothing to do")
         return
     end_token_id = tokenizer.token_id(args.end_token or tokenizer.end_token)
-    generation = agreed(generation_config, model_dir, end_token_id, tokenizer.pad_token_id)
+    generation = generation_config(model_dir, end_token_id, tokenizer.pad_token_id)
     num_steps = run_length(args, len(rows))
     warmup_steps = math.ceil(args.warmup_ratio * num_steps)
 
@@ -1025,11 +1018,12 @@ def main():
     if model_dir in BUILTIN:
         init_weights(model, args.seed)
     elif not newest:
-        agreed(load_weights, model, model_dir)
+        load_weights(model, model_dir)
 
     # 4. output folder, resume
-    from_rank_0(make_folder, out, settings)
-    step = agreed(load_checkpoint, newest[0], model, optimizer, settings) if newest else 0
+    from_all_ranks(None)  # all have loaded theirs
+    from_rank_0(write_durably, out / "settings.json", [json.dumps(settings, indent=2).encode()])
+    step = load_checkpoint(newest[0], model, optimizer, settings) if newest else 0
     if args.resume:
         say(f"resuming {out} at step {step}" if newest
             else f"{out} has no checkpoint yet: starting from the beginning")
@@ -1037,9 +1031,8 @@ def main():
     say(json.dumps({**vars(args), "num_parameters": num_parameters, "world_size": world_size,
                     "num_steps": num_steps, "warmup_steps": warmup_steps, "rows": rows.counts,
                     "tokens": int(rows.lengths.sum())}, indent=2))
-    if rank == 0:
-        check_disk(out, num_parameters, args.keep_checkpoints, getattr(torch, args.dtype))
-    log = agreed(Log, out, args, step, num_steps, world_size, device, here=rank == 0)
+    log = Log(out, args, step, num_steps, world_size, device) if rank == 0 else None
+    from_rank_0(check_disk, out, num_parameters, args.keep_checkpoints, getattr(torch, args.dtype))
 
     # 5. the loop
     interrupt, stop = Interrupt(), False
@@ -1096,6 +1089,15 @@ def main():
                   "      python train.py --model DIR --data rows.jsonl    (a model of your own)")
 
 
+def main():
+    """What a run would need, or the run."""
+    args = parse_arguments()
+    if args.plan is not None:
+        return print_plan(args)
+    with contextlib.ExitStack() as held:
+        train(args, held)
+
+
 if __name__ == "__main__":
     data.run(main, "try --recompute tiled --offload activations, --offload parameters, more GPUs, "
-                   "or a lower --max_seq_len")
+                   "or a lower --max_seq_len", "continue with --resume")

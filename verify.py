@@ -1407,10 +1407,12 @@ def math_worker():
               "logarithms and angles are compared as text", file=sys.stderr)
     print("ready", flush=True)
     for line in sys.stdin:
+        signal.alarm(2 * MATH_TIMEOUT)  # the kernel's: whoever asked and would kill it may be gone
         try:
             equal = compare(*json.loads(line), ELSEWHERE)
         except Exception:  # whatever a hostile formula provokes in the arithmetic: not equal
             equal = False
+        signal.alarm(0)
         print(int(equal), flush=True)
 
 
@@ -1913,19 +1915,19 @@ def zygote(descriptor, without):
             return
         request = json.loads(message)
         try:
-            reply = serve_request(child, request, files)
+            reply = serve_request(child, request, files, channel)
         finally:
             for file in files:
                 os.close(file)
         channel.send(json.dumps(reply).encode())
 
 
-def serve_request(child, request, files):
+def serve_request(child, request, files, channel):
     """Fork what the request asks for, wait for it, and tell how it ended and its CPU seconds."""
     source, data, output, result = files[:4]
     if len(files) == 4:
         pid = start(child, request, [data, output, result, source], run_child)
-        return wait_for({pid}, pid, request["timeout"])
+        return wait_for({pid}, pid, request["timeout"], channel)
     pipes = [*os.pipe(), *os.pipe()]
     ask_read, ask_write, answer_read, answer_write = pipes
     candidate = start(child, request, [data, output, answer_write, source, ask_read], run_child)
@@ -1934,7 +1936,7 @@ def serve_request(child, request, files):
                                    answer_read], run_judge)
     for pipe in pipes:
         os.close(pipe)
-    return wait_for({candidate, judge}, judge, request["timeout"])
+    return wait_for({candidate, judge}, judge, request["timeout"], channel)
 
 
 def start(child, request, files, work):
@@ -1955,15 +1957,17 @@ def start(child, request, files, work):
         os._exit(70)
 
 
-def wait_for(alive, chosen, timeout):
+def wait_for(alive, chosen, timeout, channel):
     """How the chosen process ended and the CPU seconds of the busiest. When one takes more than
-    timeout all are killed; when the chosen one ends, the rest is."""
+    timeout all are killed; when the chosen one ends, the rest is. They end with this process, and
+    that with whoever is at the other end of the channel."""
     deadline, ended = time.monotonic() + 3 * timeout + 5, {}
     status, most = None, 0.0
     handles = {os.pidfd_open(pid): pid for pid in alive}
     poll = select.poll()
     for handle in handles:
         poll.register(handle, select.POLLIN)
+    poll.register(channel, 0)  # tells that it is closed, not what it holds
     while alive:
         used = max(cpu_seconds(pid) for pid in alive)
         if status is None and (used > timeout or time.monotonic() > deadline):
@@ -1973,6 +1977,8 @@ def wait_for(alive, chosen, timeout):
                 os.kill(pid, signal.SIGKILL)
         wait = min(max(timeout - used, 0.01) / CORES, deadline - time.monotonic() + 0.01)
         for handle, _ in poll.poll(max(1, wait * 1000)):
+            if handle == channel.fileno():
+                os._exit(1)
             pid = handles[handle]
             _, code, usage = os.wait4(pid, 0)
             ended[pid] = os.waitstatus_to_exitcode(code)
@@ -2630,7 +2636,7 @@ def resume(out, lines, summary):
 def verified_lines(lines, workers, options):
     """Results in the order of lines, from worker processes, with a bounded number under way."""
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent) as executor:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, begin_worker) as executor:
         pending = collections.deque()
         try:
             for batch in iter(lambda: list(itertools.islice(lines, 8)), []):
@@ -2643,11 +2649,45 @@ def verified_lines(lines, workers, options):
             executor.shutdown(wait=True, cancel_futures=True)
 
 
-def end_with_parent():
-    """A worker whose parent is killed has no one to give its results to."""
-    if sys.platform == "linux":
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def begin_worker():
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def end_with_parent():
+    """From now on the kernel kills this process when the thread that started it ends, however that
+    comes about. If it has ended already, a process that is no Python is the parent now."""
+    if sys.platform != "linux":
+        return
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
+        if b"python" not in file.read():
+            os._exit(1)
+
+
+class Unread(io.FileIO):
+    """Standard output or error that nobody may read to the end: when it cannot be written any more
+    (a closed pipe, a terminal that is gone, a full disk), what is said goes to `null`."""
+
+    def write(self, content):
+        try:
+            return super().write(content)
+        except OSError:
+            os.dup2(self.null, self.fileno())
+            return len(content)
+
+
+def begin_script():
+    """The first thing in a script: it outlives whoever reads what it says, but not the torchrun
+    that started it (each process of that leads a session, so nothing else would end it)."""
+    while (null := os.open(os.devnull, os.O_RDWR)) < 3:  # else the next file would be number 0 to 2
+        os.set_inheritable(null, True)
+    Unread.null = null
+    sys.stdout, sys.stderr = (io.TextIOWrapper(
+        io.BufferedWriter(Unread(number, "w", closefd=False)), errors="backslashreplace",
+        line_buffering=True) for number in (1, 2))
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.getsid(0) == os.getpid():
+        end_with_parent()
 
 
 def keep(verified, path, per_problem):
@@ -2798,6 +2838,7 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["--zygote"]:
         zygote(int(sys.argv[2]), sys.argv[3:])
     else:
+        begin_script()
         try:
             from tqdm import tqdm  # the command alone needs it
             main()

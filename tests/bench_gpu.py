@@ -476,13 +476,14 @@ def training(device, folder, recompute, offload, attention):
     row(what, f"MFU {mfu:.1%}, {rate:,.0f} tokens/s, {config.num_hidden_layers} layers",
         "40 %" if on_gpu else "", mfu >= 0.4 if on_gpu else None, rate=rate, mfu=mfu,
         layers=config.num_hidden_layers, seconds=[line["seconds"] for line in lines])
+    if not on_gpu:
+        return  # there memory is the whole process's, not that of its tensors
     gib = lines[-1]["memory_gib"]
     estimate = train.memory_estimate(config, length * documents, 1, recompute, offload,
                                      device_type=device)
     planned = sum(estimate.values()) / 2 ** 30
     row(f"{what}: peak memory", f"{gib:.1f} GiB, estimate {planned:.1f} ({gib / planned - 1:+.1%})",
-        "within 10 %" if on_gpu else "", abs(gib / planned - 1) < 0.1 if on_gpu else None, gib=gib,
-        estimate=estimate)
+        "within 10 %", abs(gib / planned - 1) < 0.1, gib=gib, estimate=estimate)
 
 
 def profiled_training(device, folder):

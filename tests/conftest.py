@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -79,16 +80,50 @@ def rows_file(tmp_path):
     return path
 
 
-def run_script(*args, processes=0, timeout=240, env=None, check=True):
-    """Runs `python args`, or torchrun with so many processes. One thread each, no network."""
+def start_script(*args, processes=0, env=None):
+    """Starts `python args`, or torchrun with so many processes. One thread each, no network."""
     command = [sys.executable, *map(str, args)] if not processes else [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         f"--nproc_per_node={processes}", "--", *map(str, args)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
            **(env or {})}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=env)
+
+
+def run_script(*args, timeout=240, check=True, **options):
+    """Runs what start_script starts."""
+    process = start_script(*args, **options)
+    try:
+        printed, errors = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert not check or process.returncode == 0, errors[-3000:]
+    return subprocess.CompletedProcess(args, process.returncode, printed, errors)
+
+
+def run_unread(redirection, *args):
+    """Runs `python args` in a shell with its output redirected, as to a reader who is gone."""
+    command = ["bash", "-o", "pipefail", "-c", f'"$@" {redirection}', "-", sys.executable,
+               *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+
+
+def descendants(pid):
+    """The processes that a process has started, and those that these have."""
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True,
+                              text=True).stdout.split()
+    return [d for child in children for d in (int(child), *descendants(child))]
+
+
+def end_within(seconds, pids):
+    """Whether none of the processes is there any more after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while (there := any(os.path.exists(f"/proc/{pid}") for pid in pids)) \
+            and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not there
 
 
 def run_commands(script, folder):

@@ -19,7 +19,7 @@ import torch
 
 import data
 import verify
-from conftest import ROOT, run_script, shared_file, small_config
+from conftest import ROOT, run_script, run_unread, shared_file, small_config
 from data import (IGNORE, assemble, batch_indices, builtin_problems, builtin_tokenizer,
                   encode_conversation, epoch_order,
                   imbalance, load_rows, load_tokenizer, pack, read_problems, read_rows, render_chat,
@@ -927,20 +927,6 @@ def test_benchmarks_are_found_by_name(tmp_path, monkeypatch):
         list(read_problems(["aime25"]))
 
 
-@pytest.mark.parametrize("everywhere", [True, False])
-def test_an_error_of_one_rank_alone_is_told_by_that_rank(everywhere, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-
-    def main():
-        error = ValueError("mine")
-        error.everywhere = everywhere
-        raise error
-    with pytest.raises(SystemExit):
-        data.one_line_errors(main)
-    assert capsys.readouterr().err == ("" if everywhere else "error: mine\n")
-
-
 def test_the_choice_prompt_names_as_many_letters_as_there_are_options(tmp_path):
     problem, = problems(tmp_path, {"question": "Q", "options": list("abcdef"), "answer": "F"})
     assert "the letter choice (A, B, C, D, E, or F)" in data.recipe_prompt(problem)
@@ -993,6 +979,31 @@ def test_without_a_home_the_cache_is_named(monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", nobody)
     with pytest.raises(ValueError, match="~/.cache/sky-t1: there is no such .* set --cache"):
         load_rows(["builtin:worked:10"], builtin_tokenizer(), 200)
+
+
+@pytest.mark.parametrize("redirection", [">&-", "| head -n 1"])
+def test_the_command_ends_quietly_when_nobody_reads_on(redirection, tmp_path):
+    done = run_unread(redirection, ROOT / "data.py", "builtin:worked:100", "--model",
+                      "builtin:tiny", "--cache", tmp_path)
+    assert done.returncode == 0 and "rror" not in done.stderr
+
+
+@pytest.mark.parametrize("failing", ["01", "0", "1"])
+def test_several_processes_tell_one_error(failing, tmp_path):
+    """Whichever has one, alone or with others, which wait for it or work meanwhile."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import data
+def main():
+    if os.environ["RANK"] in {failing!r}:
+        raise ValueError("mine")
+    time.sleep(60)
+data.run(main)
+""")
+    done = run_script(script, processes=2, check=False, timeout=50)
+    assert re.findall("^error: .*", done.stderr, re.M) == ["error: mine"], done.stderr
 
 
 @pytest.mark.slow

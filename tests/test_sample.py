@@ -3,7 +3,10 @@ definitions, and runs that are killed, resumed and shared out."""
 import http.server
 import json
 import math
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +17,8 @@ import pytest
 import sample
 import torch
 import verify
-from conftest import ROOT, run_script, say_tied, small_model
+from conftest import (ROOT, descendants, run_script, run_unread, say_tied, small_model,
+                      start_script)
 from sample import Engine, Request, Sampling, choose, generate, stream_key, uniform
 
 
@@ -282,6 +286,25 @@ def test_two_processes_give_the_samples_of_one(model_dir, problems, tmp_path):
     run_script(*arguments(model_dir, problems, split), "--tensor_parallel", "2", processes=2)
     assert split.read_bytes() == one.read_bytes()
     assert not list(tmp_path.glob("*.part*"))
+
+
+@pytest.mark.parametrize("redirection", [">&- 2>&-", "2>&1 | true"])
+def test_nobody_has_to_read_what_a_run_says(redirection, model_dir, problems, tmp_path):
+    done = run_unread(redirection, *arguments(model_dir, problems, tmp_path / "out.jsonl"))
+    assert done.returncode == 0 and len(rows_of(tmp_path / "out.jsonl")) == 36
+
+
+def test_the_others_of_a_killed_process_end_with_one_line(model_dir, problems, tmp_path):
+    out = tmp_path / "out.jsonl"
+    process = start_script(*arguments(model_dir, problems, out), "--n", 1000, processes=2)
+    while not (out.exists() and out.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(descendants(process.pid)[-1], signal.SIGKILL)
+    errors = process.communicate(timeout=30)[1]
+    assert re.findall("^error: .*", errors, re.M) == [
+        "error: another process died, or torchrun was stopped: the same command goes on"], errors
+    assert "sample.py\", line" not in errors
 
 
 def test_one_prompt_is_answered_on_standard_output(model_dir):

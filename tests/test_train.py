@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 import data
 import reference
 import train
-from conftest import ROOT, run_script, say_tied, shared_file, small_model
+from conftest import (ROOT, descendants, end_within, run_script, run_unread, say_tied, shared_file,
+                      small_model, start_script)
 from model import Qwen2, Qwen2Config, cpu_multiplies_bf16
 
 BASE = ["--max_seq_len", 256, "--batch_size", 8, "--learning_rate", 1e-3, "--dtype", "float32",
@@ -378,8 +379,12 @@ def test_as_published_trains_on_the_originals_end_token(run, model_dir, rows_fil
 
 def test_the_default_output_folder_is_a_fresh_one(run, model_dir, rows_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    arguments = ["--model", model_dir, "--data", rows_file, *BASE]
+    (model_dir / "model.safetensors").rename(tmp_path / "elsewhere")
+    assert run(*arguments)[0] == 2 and not Path("out").exists()
+    (tmp_path / "elsewhere").rename(model_dir / "model.safetensors")
     for _ in range(2):
-        assert run("--model", model_dir, "--data", rows_file, *BASE)[0] == 0
+        assert run(*arguments)[0] == 0
     assert sorted(p.name for p in Path("out").iterdir()) == ["model-1", "model-2"]
 
 
@@ -418,42 +423,121 @@ def test_an_interrupt_saves_and_exits_cleanly_and_resume_continues_bit_for_bit(r
 
 
 @pytest.mark.slow
-def test_five_kills_change_nothing(model_dir, rows_file, tmp_path):
-    """kill -9 of launcher and ranks at random moments of a run that saves at every step, then one
-    run to the end."""
+def test_five_kills_of_torchrun_change_nothing_and_leave_nobody(model_dir, rows_file, tmp_path):
+    """kill -9 of the launcher alone, at random moments of a run that saves at every step, each time
+    resumed at once; then one run to the end."""
     arguments = resumable(model_dir, rows_file, tmp_path / "whole", tmp_path, "--num_train_epochs",
                           12, "--save_steps", 1)
     run_script(ROOT / "train.py", *arguments, processes=2)
-    out, generator = tmp_path / "cut", random.Random(0)
+    out, generator, steps = tmp_path / "cut", random.Random(0), []
     arguments[arguments.index("--out") + 1] = out
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               ROOT / "train.py", *arguments,
-               "--resume"]
-    steps = []
+    log = out / "metrics.jsonl"
     for _ in range(5):
-        log = out / "metrics.jsonl"
         before = log.stat().st_mtime_ns if log.exists() else 0
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = start_script(ROOT / "train.py", *arguments, "--resume", processes=2)
         while not log.exists() or log.stat().st_mtime_ns == before:  # until the first step is near
-            assert process.poll() is None
+            assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
         time.sleep(generator.uniform(0.0, 1.0))
         assert process.poll() is None, "finished before it was killed"
-        ranks = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)],
-                               capture_output=True, text=True).stdout.split()
-        for pid in [process.pid, *map(int, ranks)]:
-            os.kill(pid, signal.SIGKILL)
-        process.wait()
+        ranks = descendants(process.pid)
+        process.kill()
+        assert len(ranks) == 2 and end_within(5, ranks)
         steps.append(log.read_text().count("\n"))
     print("killed with so many steps logged:", steps)
     assert "resuming" in run_script(ROOT / "train.py", *arguments, "--resume", processes=2).stdout
     assert losses(out) == losses(tmp_path / "whole") and [m["step"]
                                                           for m in metrics(out)] == list(range(60))
-    whole, cut = weights(tmp_path / "whole"), weights(out)
-    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+    name = "model.safetensors"
+    assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not list((out / "checkpoints").glob("*.tmp"))
+
+
+def test_a_worker_whose_torchrun_dies_as_it_starts_it_ends_too(tmp_path):
+    process = start_script(ROOT / "train.py", "--out", tmp_path / "out", processes=1)
+    while not (workers := descendants(process.pid)):
+        assert process.poll() is None
+    process.kill()
+    assert end_within(5, workers)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_of_a_killed_process_end_with_one_line(victim, model_dir, rows_file, tmp_path):
+    process = start_script(ROOT / "train.py", *resumable(model_dir, rows_file, tmp_path / "out",
+                                                         tmp_path), "--max_steps", 10_000,
+                           processes=3)
+    while not (tmp_path / "out" / "checkpoints" / "step-000002").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(descendants(process.pid)[victim], signal.SIGKILL)
+    errors = process.communicate(timeout=60)[1]
+    assert re.findall("^error: .*", errors, re.M) == [
+        "error: another process died: continue with --resume"], errors
+    assert process.returncode == 1 and "train.py\", line" not in errors
+    assert set(re.findall(r"exitcode *: (-?\d+)", errors)) == {"-9", "2"}
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(run, model_dir, rows_file, tmp_path):
+    out, arguments = finished(run, model_dir, rows_file, tmp_path)
+
+    def files():
+        return {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with open(out / "train.lock", "w") as file:
+        data.lock(file, "")
+        before = files()
+        for again in (arguments, arguments[:-1]):
+            status, printed, errors = run(*again)
+            assert status == 2 and not printed and files() == before
+            assert errors == f"error: --out {out} is being written by another run\n"
+    assert run(*arguments)[0] == 0  # the file alone says nothing
+    assert not (out / "train.lock").exists()
+
+
+def test_what_a_run_killed_as_it_began_leaves_is_an_empty_folder(run, model_dir, rows_file,
+                                                                 tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("train.lock", "settings.json.tmp"):
+        (tmp_path / "out" / name).write_text("")
+    assert run("--model", model_dir, "--data", rows_file, "--out", tmp_path / "out", *BASE)[0] == 0
+
+
+@pytest.mark.parametrize("out, statuses, there", [(["--out", "out/x"], [0, 2], ["x"]),
+                                                  ([], [0, 0], ["model-1", "model-2"])])
+def test_of_two_first_runs_at_once_each_has_a_folder_of_its_own(
+        out, statuses, there, model_dir, rows_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [start_script(ROOT / "train.py", "--model", model_dir, "--data", rows_file, *BASE, *out,
+                         "--max_steps", 20, "--cache", tmp_path / "cache") for _ in range(2)]
+    for process in runs:
+        process.communicate(timeout=120)
+    assert sorted(process.returncode for process in runs) == statuses
+    assert sorted(path.name for path in Path("out").iterdir()) == there
+    assert all([line["step"] for line in metrics(f"out/{name}")] == list(range(20))
+               for name in there)
+
+
+@pytest.mark.parametrize("redirection", [">&- 2>&-", "2>&1 | true"])
+def test_nobody_has_to_read_what_a_run_says(redirection, model_dir, rows_file, tmp_path):
+    done = run_unread(redirection, ROOT / "train.py", "--model", model_dir, "--data", rows_file,
+                      "--out", tmp_path / "out", *BASE, "--cache", tmp_path / "cache")
+    assert done.returncode == 0 and (tmp_path / "out" / "run.json").exists()
+    assert len(metrics(tmp_path / "out")) == 5
+
+
+@pytest.mark.parametrize("size", [None, 1000])
+def test_an_export_that_is_missing_or_cut_is_written_again(size, run, model_dir, rows_file,
+                                                           tmp_path):
+    arguments = resumable(model_dir, rows_file, tmp_path / "out", tmp_path)
+    assert run(*arguments)[0] == 0
+    path = tmp_path / "out" / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:size])
+    if size is None:
+        path.unlink()
+    for says in (f"finished: {tmp_path / 'out'} is a Hugging Face folder", "nothing to do"):
+        status, printed, _ = run(*arguments, "--resume")
+        assert status == 0 and says in printed and path.read_bytes() == whole
+    assert [m["step"] for m in metrics(tmp_path / "out")] == list(range(15))
 
 
 def test_saved_on_two_ranks_resumed_on_one(run, model_dir, rows_file, tmp_path):

@@ -15,7 +15,8 @@ from itertools import combinations
 
 import pytest
 import verify
-from conftest import ROOT, run_script, shared_file
+from conftest import (ROOT, descendants, end_within, run_script, run_unread,
+                      shared_file)
 from math_pairs import CHOICES, EXTRACTIONS, PAIRS
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="programs are judged on Linux only")
@@ -497,7 +498,29 @@ def test_a_verdict_ends_with_its_processes():
     assert len(pids) == 2 and all(os.path.exists(f"/proc/{pid}") for pid in pids)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 20
-    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    assert end_within(20, pids)
+
+
+@pytest.mark.parametrize("started", [2, 6])
+def test_the_command_ends_with_all_that_works_for_it(started, tmp_path):
+    """Killed as the first worker comes up, and while its program runs: the resource tracker, two
+    workers, a sandbox for one of them, its program and one more."""
+    program = "```python\nwhile True:\n    pass\n```"
+    samples = write(tmp_path / "samples.jsonl", [
+        sample(i, program, kind="code", tests=[{"input": "", "output": ""}]) for i in range(20)])
+    process = subprocess.Popen([sys.executable, ROOT / "verify.py", samples, "--workers", "2",
+                                "--timeout", "100", "--out", tmp_path / "out.jsonl"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(pids := descendants(process.pid)) < started:
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert end_within(10, pids)
+
+
+@pytest.mark.parametrize("redirection", [">&- 2>&-", "2>&1 | true"])
+def test_nobody_has_to_read_what_the_command_says(redirection, tmp_path):
+    samples = write(tmp_path / "samples.jsonl", [sample(1, r"\boxed{4}"), sample(2, "none")])
+    done = run_unread(redirection, ROOT / "verify.py", samples, "--out", tmp_path / "out.jsonl",
+                      "--keep", tmp_path / "kept.jsonl")
+    assert done.returncode == 0 and len(read(tmp_path / "kept.jsonl")) == 1

@@ -493,12 +493,18 @@ def claim_folder(args, settings, held):
     return args.out
 
 
-def is_finished(out):
-    """Whether the exported weights are there, none missing or cut."""
-    try:
-        return json.loads((out / "run.json").read_text())["weights"] == fingerprint(out)
-    except (OSError, ValueError):
+def is_finished(out, newest):
+    """Whether the exported weights are there, none missing or cut. ValueError if they are not and
+    no checkpoint is left that they could be written from."""
+    if not (out / "run.json").exists():
         return False
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if json.loads((out / "run.json").read_text())["weights"] == fingerprint(out):
+            return True
+    if not newest:
+        raise ValueError(f"{out} was finished, its weights or config.json are not what they were, "
+                         "and no checkpoint is left: restore them, or begin another --out")
+    return False
 
 
 def same_everywhere(settings):
@@ -998,7 +1004,7 @@ def train(args, held):
     args.out = from_rank_0(claim_folder, args, settings, held)
     out = Path(args.out)
     newest = from_rank_0(checkpoints, out / "checkpoints")[-1:]
-    if from_rank_0(is_finished, out):
+    if from_rank_0(is_finished, out, newest):
         say(f"{out} is finished: nothing to do")
         return
     end_token_id = tokenizer.token_id(args.end_token or tokenizer.end_token)

@@ -540,6 +540,17 @@ def test_an_export_that_is_missing_or_cut_is_written_again(size, run, model_dir,
     assert [m["step"] for m in metrics(tmp_path / "out")] == list(range(15))
 
 
+def test_an_export_that_cannot_be_written_again_is_refused(run, model_dir, rows_file, tmp_path):
+    arguments = resumable(model_dir, rows_file, tmp_path / "out", tmp_path)
+    assert run(*arguments)[0] == 0
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    assert "nothing to do" in run(*arguments, "--resume")[1]
+    (tmp_path / "out" / "model.safetensors").unlink()
+    status, _, errors = run(*arguments, "--resume")
+    assert status == 2 and "no checkpoint is left: restore them" in errors
+    assert len(metrics(tmp_path / "out")) == 15  # and what is there stays
+
+
 def test_saved_on_two_ranks_resumed_on_one(run, model_dir, rows_file, tmp_path):
     arguments = resumable(model_dir, rows_file, tmp_path / "out", tmp_path)
     run_script(ROOT / "train.py", *arguments, processes=2)

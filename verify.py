@@ -2662,6 +2662,7 @@ def end_with_parent():
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
         if b"python" not in file.read():
+            print("error: what started this process is gone", file=sys.stderr, flush=True)
             os._exit(1)
 
 

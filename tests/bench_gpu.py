@@ -64,7 +64,7 @@ BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTEN
             "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 
 
-# --------------------------------------------------------------------------------- parts, as a whole
+# -------------------------------------------------------------------------------- parts, as a whole
 
 def all_parts(device):
     """(name, seconds it may take, whether others may run beside it, function, its arguments). A
@@ -105,17 +105,18 @@ def run_part(name, seconds, device, folder):
                                 "--out", folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True, env=env, start_new_session=True)
     try:
-        printed = process.communicate(timeout=max(1, seconds))[0]
+        printed = process.communicate(timeout=seconds)[0]
         problem = f"exit status {process.returncode}" if process.returncode else None
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         printed = process.communicate()[0]
-        problem = f"not ready after {seconds:.0f} s"
+        problem = f"not ready after {seconds:.1f} s"
     lines = printed.splitlines()
     rows = [json.loads(line[4:]) for line in lines if line.startswith("ROW ")]
     if problem:
         said = [line.strip() for line in lines if line.strip() and not line.startswith("ROW ")]
-        errors = [line for line in said if re.match(r"(\w+\.)*\w*(Error|Exception)\b", line)]
+        error = r"(\[rank0\]: )?[\w.]*(Error|Exception)\b"
+        errors = [line for line in said if re.match(error, line)]
         last = (errors or said or ["nothing said"])[-1]
         rows.append(dict(what=name.partition(": ")[2], figure=f"failed, {problem}: {last[:160]}",
                          goal="", reached=False, numbers={}))
@@ -133,7 +134,8 @@ def run_all(device, folder, only, minutes):
 
     def run(part):
         name, seconds, *_ = part
-        rows[name] = run_part(name, min(seconds, end - time.perf_counter()), device, folder)
+        left = max(1, end - time.perf_counter())
+        rows[name] = run_part(name, min(seconds, left), device, folder)
     side_by_side = [part for part in parts if part[2]]
     with futures.ThreadPoolExecutor(6 if device == "cuda" else 2) as threads:
         list(threads.map(run, side_by_side))
@@ -170,10 +172,11 @@ def markdown(rows, device):
     for r in rows:
         if kernels := r["numbers"].get("kernels"):
             yield f"\n{r['what']}; the longest kernels:\n"
-            yield from (f"    {share:6.1%} {count:6} x {name[:100]}" for share, count, name in kernels)
+            yield from (f"    {share:6.1%} {count:6} x {name[:100]}"
+                        for share, count, name in kernels)
 
 
-# ------------------------------------------------------------------------------------ 1. correctness
+# ----------------------------------------------------------------------------------- 1. correctness
 
 def random_model(config, device, dtype=torch.float32, seed=0):
     """A model of random weights, made where it stays."""
@@ -407,7 +410,7 @@ def beside_generate(model, prompts, answers, folder):
         str(len(prompts)), same == len(prompts))
 
 
-# --------------------------------------------------------------------------------------- 2. training
+# -------------------------------------------------------------------------------------- 2. training
 
 def training_size(device):
     """Configuration, tokens of a document, documents of a packed row, rows of a step. As many of
@@ -517,7 +520,8 @@ def where_time_goes(what, profiler, device, seconds):
         if on_device and not event.key.startswith(annotation):
             spent = (event.self_device_time_total if device == "cuda"
                      else event.self_cpu_time_total) / 1e6
-            kind = next(kind for kind, names in KERNELS.items() if re.search(names, event.key, re.I))
+            kind = next(kind for kind, names in KERNELS.items()
+                        if re.search(names, event.key, re.I))
             kinds[kind] += spent / seconds
             kernels.append((spent / seconds, event.count, event.key))
     figure = ", ".join(f"{kind} {share:.1%}" for kind, share in kinds.items())
@@ -579,7 +583,7 @@ def peak_flops():
         return train.peak_flops(torch.device("cuda"))
 
 
-# --------------------------------------------------------------------------------------- 3. sampling
+# -------------------------------------------------------------------------------------- 3. sampling
 
 def timed(work, *args):
     """(seconds, result), with what the GPU was given done."""
@@ -666,7 +670,7 @@ def transformers_model(config, device, dtype):
             transformers.Qwen2Config(**asdict(config))).to(dtype).eval()
 
 
-# ---------------------------------------------------------------------------------------- 4. builtin
+# --------------------------------------------------------------------------------------- 4. builtin
 
 def builtin(device, folder):
     """torchrun train.py without arguments, then its model asked and its answers verified."""
@@ -700,7 +704,7 @@ def builtin(device, folder):
         scores=scores)
 
 
-# ------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------------ command
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -721,11 +725,14 @@ def main():
             function(args.device, Path(folder), *arguments)
             sys.stdout.flush()
         return
+    for log in args.out.glob("failed *.log"):  # of an earlier run
+        log.unlink()
     rows = run_all(args.device, args.out, args.only, args.minutes)
     rows += beside_transformers(rows, args.device)
     table = list(markdown(rows, args.device))
     print("\n".join(table))
-    (args.out / "gpu.json").write_text(json.dumps(dict(title=table[0].strip(), rows=rows), indent=1))
+    whole = dict(title=table[0].strip(), rows=rows)
+    (args.out / "gpu.json").write_text(json.dumps(whole, indent=1))
 
 
 if __name__ == "__main__":

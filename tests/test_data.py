@@ -262,7 +262,8 @@ def test_text_parts_are_their_text_and_empty_extras_say_nothing():
     row = {"messages": [EXPECTED[1], {"role": "assistant", "content": parts, **extras}]}
     for tools in (None, [], "[]", ""):
         assert to_messages({**row, "tools": tools})[1] == {"role": "assistant", "content": "a\nb"}
-    assert data.question_of({"messages": [{"role": "user", "content": parts}, EXPECTED[2]]}) == "a\nb"
+    asked = {"messages": [{"role": "user", "content": parts}, EXPECTED[2]]}
+    assert data.question_of(asked) == "a\nb"
 
 
 def test_a_kept_sample_gets_the_recipes_prompts():

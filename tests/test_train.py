@@ -698,7 +698,7 @@ def bad_inputs(model_dir, rows_file, tmp_path):
         "truncated weights": (["--model", truncated], "truncated"),
         "vocabulary": (["--model", narrow], "is beyond the model's vocabulary of 200"),
         "positions": (["--max_seq_len", 4096], "--max_seq_len 4096 is beyond the 512 positions"),
-        "no home": (["--out=~nobody_x/run"], "argument --out: ~nobody_x/run: there is no such home"),
+        "no home": (["--out=~nobody_x/run"], "~nobody_x/run: there is no such home"),
         "empty data": (["--data", ""], "argument --data: an empty text"),
         "empty model": (["--model", ""], "argument --model: an empty text"),
         "no data": (["--data", "missing.jsonl"], "missing.jsonl does not exist"),

@@ -44,7 +44,7 @@ from pathlib import Path
 
 from verify import TAGS, ArgumentParser, begin_script, check_above_0, is_test, last_box
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before torch is imported, which takes seconds
     begin_script()
 
 import numpy as np
@@ -92,8 +92,10 @@ CALL_PROMPT = ("Generate an executable Python function generated from the given 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
          "gpt": "assistant"}
 # Of a row or a turn: they change what it says, and nothing here renders them.
-UNSUPPORTED = ("tools", "tool_calls", "function_call", "reasoning_content", "images")
-LOSS = {"loss": (True, False, None), "weight": (1, 0)}  # of a turn; the first is the default
+UNSUPPORTED = ("tools", "tool_calls", "functions", "function_call", "reasoning_content",
+               "reasoning", "thinking", "image", "images", "video", "videos", "audio", "audios")
+# Of a turn; the first is the default. A table fills absent fields with None: only a loss says that.
+LOSS = {"loss": (True, False, None), "weight": (1, 0), "train": (True, False)}
 DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
 DATA_PATTERNS = [f"*{suffix}" for suffix in DATA_SUFFIXES]
 MAX_SEQ_LEN = 16384  # the recipe's
@@ -527,7 +529,8 @@ def part_text(part, what):
 
 def takes_loss(turn, role):
     """Whether a turn's `loss` and `weight` leave it a target, if its role makes it one."""
-    said = {name: turn[name] for name in LOSS if name in turn}
+    said = {name: turn[name] for name in LOSS
+            if turn.get(name) is not None or name == "loss" and name in turn}
     for name, value in said.items():
         if value not in LOSS[name] or value and role != "assistant":
             raise ValueError(f"`{name}` of a turn of the {role} is {value!r}: must be one of "
@@ -1370,13 +1373,17 @@ def print_packing(rows, config, args):
 
 def lock(file, name):
     """Holds the lock of an open file for as long as it is open, at most as this process lives.
-    ValueError if another run has it (or had, and is just removing the file)."""
+    ValueError if another run has it (or had, and is just removing the file); a warning where the
+    file system knows no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.fstat(file.fileno()).st_nlink:
             raise BlockingIOError
     except BlockingIOError:
         raise ValueError(f"{name} is being written by another run") from None
+    except OSError as error:
+        print(f"warning: {name} cannot be locked ({error.strerror}): let no other run write there",
+              file=sys.stderr)
 
 
 def own_device():
@@ -1413,10 +1420,6 @@ def give_up(text):
 def one_line_errors(main, when_out_of_memory="", how_to_go_on=""):
     """Runs a script's main and, if it goes well, waits for the other ranks. What a user can get
     wrong, a full GPU and the end of another rank are one line on stderr and exit status 2."""
-    def stop(*_):
-        raise dist.DistError("another process died, or torchrun was stopped")
-    if dist.is_torchelastic_launched():
-        signal.signal(signal.SIGTERM, stop)
     try:
         main()
         if dist.is_initialized():
@@ -1429,9 +1432,9 @@ def one_line_errors(main, when_out_of_memory="", how_to_go_on=""):
         of_file = getattr(error, "filename", None)
         give_up(f"{of_file}: {error.strerror}" if of_file else str(error))
     except dist.DistError as error:
-        give_up(f"{error}: {how_to_go_on}")
-    except RuntimeError as error:
-        if "gloo" not in str(error):
+        give_up(str(error))
+    except RuntimeError as error:  # gloo's, as long as the other ranks were there before
+        if not re.search("by peer|Broken pipe|Socket closed", str(error)):
             raise
         give_up(f"another process died: {how_to_go_on}")
 

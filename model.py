@@ -586,8 +586,12 @@ def own_head(config, model_dir):
 
 
 def checked_files(model, model_dir):
-    """The file of each tensor by name; ValueError unless the names are exactly the model's."""
+    """The file of each tensor by name; ValueError unless the names are exactly the model's,
+    FileNotFoundError for a file that the index names and that is not there."""
     files, wanted = weight_files(model_dir), {name for name, _ in model.named_parameters()}
+    for path in files.values():
+        if not path.is_file():
+            raise absent(path)
     # some tied checkpoints repeat the embedding under this name
     if model.config.tie_word_embeddings:
         files.pop("lm_head.weight", None)

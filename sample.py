@@ -33,7 +33,7 @@ from pathlib import Path
 
 import verify
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before torch is imported, which takes seconds
     verify.begin_script()
 
 import torch
@@ -1128,7 +1128,7 @@ def chat(args, model, tokenizer, stop_ids):
     while True:
         try:
             text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt, RuntimeError):  # the last: there is no stdin
             print()
             return
         if text == "/quit":
@@ -1292,6 +1292,12 @@ def start_processes(args):
     dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.PrefixStore("group", store),
                             rank=rank, world_size=world_size, timeout=timedelta(hours=4),
                             device_id=device if on_gpu else None)
+
+    def stop(*_):
+        raise dist.DistError("another process died, or torchrun was stopped: the same command "
+                             "goes on")
+    if args.tensor_parallel == 1:  # else this one may wait for the dead, where no signal is heard
+        signal.signal(signal.SIGTERM, stop)
     return rank, str(device), store
 
 

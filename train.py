@@ -35,7 +35,7 @@ from pathlib import Path
 
 import verify
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before torch is imported, which takes seconds
     verify.begin_script()
 # read when torch first meets the GPU
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -52,8 +52,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import data
-from model import (BUILTIN, LOSS_CHUNK, MLP_TILE, KeyValueCache, Qwen2, Qwen2Config,
-                   cpu_multiplies_bf16, init_weights, load_weights, sync_folder, write_durably)
+from model import (BUILTIN, LOSS_CHUNK, MLP_TILE, Qwen2, Qwen2Config, cpu_multiplies_bf16,
+                   init_weights, load_weights, sync_folder, write_durably)
 
 BUILTIN_DEFAULTS = dict(data=["builtin:worked"], num_train_epochs=1, max_steps=500, batch_size=32,
                         learning_rate=2e-3, dtype="float32", system="none", save_steps=100)
@@ -429,12 +429,12 @@ def run_settings(args, model_dir, rows):
 
 
 def fingerprint(model_dir):
-    """Hash of a model folder's configuration, index, and weight files' headers and sizes."""
+    """Hash of a model folder's configuration and of its weight files' headers and sizes."""
     if model_dir in BUILTIN:
         return str(model_dir)
     digest = hashlib.sha256()
     digest.update((Path(model_dir) / "config.json").read_bytes())
-    for path in sorted(Path(model_dir).glob("*.safetensors*")):
+    for path in sorted(Path(model_dir).glob("*.safetensors")):
         size = path.stat().st_size
         with open(path, "rb") as file:
             digest.update(file.read(min(size, int.from_bytes(file.read(8), "little"))))
@@ -467,16 +467,19 @@ def claim_folder(args, settings, held):
     if args.out is None:
         for number in itertools.count(1):
             out = Path(f"out/{Path(args.model.split(':')[-1]).name}-{number}")
-            with contextlib.suppress(FileExistsError):
+            try:
                 held.enter_context(locked(out, is_fresh=True))
                 return str(out)
+            except FileExistsError:
+                if not out.exists():  # then it is out/ that is there and no folder
+                    raise
     out, file = Path(args.out), Path(args.out) / "settings.json"
-    if out.exists() and not file.exists() and {path.name for path in out.iterdir()} - {
-            "train.lock", "settings.json.tmp"}:  # left by a run that was killed as it began
-        raise ValueError(f"--out {out} is not empty and holds no run of train.py: "
-                         "choose another folder")
     held.enter_context(locked(out))
     if not file.exists():
+        # the latter is left by a run that was killed as it began
+        if {path.name for path in out.iterdir()} - {"train.lock", "settings.json.tmp"}:
+            raise ValueError(f"--out {out} is not empty and holds no run of train.py: "
+                             "choose another folder")
         return args.out
     if not args.resume:
         raise ValueError(f"--out {out} holds another run: "
@@ -498,12 +501,13 @@ def is_finished(out, newest):
     no checkpoint is left that they could be written from."""
     if not (out / "run.json").exists():
         return False
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        if json.loads((out / "run.json").read_text())["weights"] == fingerprint(out):
+    with contextlib.suppress(OSError, ValueError):
+        files = json.loads((out / "run.json").read_text()).get("files", {})
+        if all((out / name).stat().st_size == size for name, size in files.items()):
             return True
     if not newest:
-        raise ValueError(f"{out} was finished, its weights or config.json are not what they were, "
-                         "and no checkpoint is left: restore them, or begin another --out")
+        raise ValueError(f"{out} was finished, its weights are missing or cut, and no checkpoint "
+                         "is left: restore them, or begin another --out")
     return False
 
 
@@ -644,7 +648,8 @@ def write_run(out, args, settings, rows, config, log):
            "process_hours": log.gpu_hours,
            "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                         "numpy": np.__version__},
-           "git_commit": git.strip() or None, "weights": fingerprint(out)}
+           "git_commit": git.strip() or None, "weights": fingerprint(out),
+           "files": {p.name: p.stat().st_size for p in out.glob("model*.safetensors*")}}
     write_durably(out / "run.json", [json.dumps(run, indent=2).encode() + b"\n"])
 
 
@@ -766,33 +771,16 @@ class Interrupt:
         self.wanted = True
 
 
-@torch.inference_mode()
-def greedy(model, prompts, max_new_tokens, stop_id):
-    """The most likely continuation of each prompt (lists of token ids), all of them step by step
-    until the last has stopped; sample.py does this with less work."""
-    length = max(map(len, prompts)) + max_new_tokens
-    cache = KeyValueCache(model.config, len(prompts), length, next(model.parameters()).dtype, "cpu")
-    logits = [cache.prefill(model, torch.tensor(prompt), i) for i, prompt in enumerate(prompts)]
-    positions = torch.tensor([len(prompt) for prompt in prompts])
-    tokens = torch.stack(logits).argmax(-1)  # (B,)
-    answers, stopped = [tokens], tokens == stop_id
-    while len(answers) < max_new_tokens and not stopped.all():
-        tokens = cache.decode(model, tokens, positions, length).argmax(-1)
-        answers.append(tokens)
-        stopped |= tokens == stop_id
-        positions += 1
-    answers = torch.stack(answers, dim=1).tolist()
-    return [ids[:ids.index(stop_id)] if stop_id in ids else ids for ids in answers]
-
-
 def show_held_out(out, tokenizer, count=60, shown=3):
     """Prints how the exported built-in model answers problems it has not seen."""
+    from sample import generate  # no training needs it
     model = Qwen2.from_pretrained(out)
     problems = list(data.builtin_problems("heldout", count))
     messages = [[{"role": "user", "content": data.recipe_prompt(p)}] for p in problems]
     prompts = [tokenizer.encode(tokenizer.render(m, add_generation_prompt=True)) for m in messages]
     answers = [tokenizer.decode(ids)
-               for ids in greedy(model, prompts, 160, tokenizer.token_id(tokenizer.end_token))]
+               for ids in generate(model, prompts, 160,
+                                   stop_ids=[tokenizer.token_id(tokenizer.end_token)])]
     right = [answer.endswith(p["bare"]) for p, answer in zip(problems, answers)]
     for problem, answer, is_right in list(zip(problems, answers, right))[:shown]:
         print(f"\n{problem['prompt']}\n{answer}   "

@@ -2584,6 +2584,92 @@ def table(rows):
 
 
 # ---------------------------------------------------------------------------------------------
+# Every script's start: what it says, what it ends with, its flags
+
+
+def end_with_parent():
+    """From now on the kernel kills this process when the thread that started it ends, however that
+    comes about. If it has ended already, a process that is no Python is the parent now."""
+    if sys.platform != "linux":
+        return
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
+        if b"python" not in file.read():
+            print("error: what started this process is gone", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+class Unread(io.FileIO):
+    """Standard output or error that nobody may read to the end: when it cannot be written any more
+    (a closed pipe, a terminal that is gone, a full disk), what is said goes to `null`."""
+
+    def write(self, content):
+        try:
+            return super().write(content)
+        except OSError:
+            os.dup2(self.null, self.fileno())
+            return len(content)
+
+
+def begin_script():
+    """The first thing in a script: it outlives whoever reads what it says, but not the torchrun
+    that started it (each process of that leads a session, so nothing else would end it)."""
+    while (null := os.open(os.devnull, os.O_RDWR)) < 3:  # else the next file would be number 0 to 2
+        os.set_inheritable(null, True)
+    Unread.null = null
+    sys.stdout, sys.stderr = (io.TextIOWrapper(
+        io.BufferedWriter(Unread(number, "w", closefd=False)), line_buffering=True,
+        encoding=getattr(before, "encoding", None), errors="backslashreplace")
+        for number, before in ((1, sys.stdout), (2, sys.stderr)))
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.getsid(0) == os.getpid():
+        end_with_parent()
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """The flags of every script: whole names alone, no empty texts, lists that go on where a flag
+    is given again, a type "path". Its own errors are BadInput, and so one line, as all others."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.register("action", None, Given)
+        self.register("type", "path", expanded)
+
+    def add(self, name, help, **options):
+        default = options.get("default")
+        shown = "" if default in (None, []) else f" (default: {default})"
+        self.add_argument(name, help=help + shown, **options)
+
+    def error(self, message):
+        raise BadInput(f"{message} (-h explains the flags)")
+
+
+class Given(argparse.Action):
+    """Stores a value; a list takes the default's place, and goes on where it is given again."""
+
+    def __call__(self, parser, namespace, value, option=None):
+        several, before = isinstance(value, list), getattr(namespace, self.dest)
+        if "" in (value if several else [value]):
+            raise argparse.ArgumentError(self, "an empty text: is a variable not set?")
+        again = several and before is not self.default
+        setattr(namespace, self.dest, before + value if again else value)
+
+
+def expanded(path):
+    """The path without ~, which a shell leaves in --out=~/run."""
+    if (whole := os.path.expanduser(path)).startswith("~"):
+        raise argparse.ArgumentTypeError(f"{path}: there is no such home folder (is HOME set?)")
+    return whole
+
+
+def check_above_0(args, *names):
+    """Refuses flags, where they are given, that are not."""
+    for name in names:
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            raise BadInput(f"--{name} {value}: must be above 0")
+
+
+# ---------------------------------------------------------------------------------------------
 # The command
 
 
@@ -2654,43 +2740,6 @@ def begin_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def end_with_parent():
-    """From now on the kernel kills this process when the thread that started it ends, however that
-    comes about. If it has ended already, a process that is no Python is the parent now."""
-    if sys.platform != "linux":
-        return
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
-        if b"python" not in file.read():
-            print("error: what started this process is gone", file=sys.stderr, flush=True)
-            os._exit(1)
-
-
-class Unread(io.FileIO):
-    """Standard output or error that nobody may read to the end: when it cannot be written any more
-    (a closed pipe, a terminal that is gone, a full disk), what is said goes to `null`."""
-
-    def write(self, content):
-        try:
-            return super().write(content)
-        except OSError:
-            os.dup2(self.null, self.fileno())
-            return len(content)
-
-
-def begin_script():
-    """The first thing in a script: it outlives whoever reads what it says, but not the torchrun
-    that started it (each process of that leads a session, so nothing else would end it)."""
-    while (null := os.open(os.devnull, os.O_RDWR)) < 3:  # else the next file would be number 0 to 2
-        os.set_inheritable(null, True)
-    Unread.null = null
-    sys.stdout, sys.stderr = (io.TextIOWrapper(
-        io.BufferedWriter(Unread(number, "w", closefd=False)), errors="backslashreplace",
-        line_buffering=True) for number in (1, 2))
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.getsid(0) == os.getpid():
-        end_with_parent()
-
-
 def keep(verified, path, per_problem):
     """Write the passing rows, at most per_problem of each problem, the shortest first: long
     answers to easy questions are not rewarded. Exact duplicates are dropped. The file appears
@@ -2720,50 +2769,6 @@ def keep(verified, path, per_problem):
             os.fsync(out.fileno())
     os.replace(aside, path)
     return len(chosen), duplicates, sum(map(len, passing.values())) - len(chosen)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """The flags of every script: whole names alone, no empty texts, lists that go on where a flag
-    is given again, a type "path". Its own errors are BadInput, and so one line, as all others."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-        self.register("action", None, Given)
-        self.register("type", "path", expanded)
-
-    def add(self, name, help, **options):
-        default = options.get("default")
-        shown = "" if default in (None, []) else f" (default: {default})"
-        self.add_argument(name, help=help + shown, **options)
-
-    def error(self, message):
-        raise BadInput(f"{message} (-h explains the flags)")
-
-
-class Given(argparse.Action):
-    """Stores a value; a list takes the default's place, and goes on where it is given again."""
-
-    def __call__(self, parser, namespace, value, option=None):
-        several, before = isinstance(value, list), getattr(namespace, self.dest)
-        if "" in (value if several else [value]):
-            raise argparse.ArgumentError(self, "an empty text: is a variable not set?")
-        again = several and before is not self.default
-        setattr(namespace, self.dest, before + value if again else value)
-
-
-def expanded(path):
-    """The path without ~, which a shell leaves in --out=~/run."""
-    if (whole := os.path.expanduser(path)).startswith("~"):
-        raise argparse.ArgumentTypeError(f"{path}: there is no such home folder (is HOME set?)")
-    return whole
-
-
-def check_above_0(args, *names):
-    """Refuses flags, where they are given, that are not."""
-    for name in names:
-        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
-            raise BadInput(f"--{name} {value}: must be above 0")
 
 
 def parse_arguments():

@@ -243,7 +243,7 @@ def test_all_row_layouts_give_the_same_messages(row):
 
 
 @pytest.mark.parametrize("mark", [{"loss": False}, {"loss": None}, {"weight": 0}, {"weight": 0.0},
-                                  {"loss": False, "weight": 0}])
+                                  {"loss": False, "weight": 0}, {"train": False}])
 def test_turns_say_that_no_loss_is_taken_on_them(mark):
     turns = [{"from": "human", "value": "u", **mark}, {"from": "gpt", "value": "a", **mark}]
     assert to_messages({"conversations": turns})[1] == without_loss(EXPECTED[2])
@@ -251,7 +251,8 @@ def test_turns_say_that_no_loss_is_taken_on_them(mark):
         EXPECTED[2])
 
 
-@pytest.mark.parametrize("mark", [{"loss": True}, {"weight": 1}, {"weight": 1.0}])
+@pytest.mark.parametrize("mark", [{"loss": True}, {"weight": 1}, {"weight": 1.0}, {"train": True},
+                                  {"weight": None, "train": None}])
 def test_a_turn_that_asks_for_its_loss_is_like_any_other(mark):
     assert to_messages({"messages": [EXPECTED[1], EXPECTED[2] | mark]}) == EXPECTED[1:]
 
@@ -337,19 +338,19 @@ BROKEN = {
                             EXPECTED[2] | (mark if role != "user" else {})]}),
         re.escape(f"a.jsonl:1: `{name}` of a turn of the {role} is {value!r}"))
        for role, marks in (("assistant", [{"loss": "no"}, {"loss": []}, {"weight": 0.5},
-                                          {"weight": 2}, {"weight": None}]),
+                                          {"weight": 2}]),
                            ("user", [{"loss": True}, {"weight": 1}, {"weight": -1}]))
        for mark in marks for name, value in mark.items()},
     **{f"row's {name}": (lines(SHAREGPT, {**SHAREGPT, name: value}),
                          f"a.jsonl:2: `{name}` is not supported")
        for name, value in (("tools", [{"name": "f"}]), ("tools", '[{"name": "f"}]'),
-                           ("images", ["a.png"]))},
+                           ("images", ["a.png"]), ("image", "a.png"), ("audio", "a.wav"))},
     **{f"turn's {name}": (lines({"messages": [EXPECTED[1], {**EXPECTED[2], "content": content,
                                                             name: value}]}),
                           f"a.jsonl:1: `{name}` is not supported")
        for name, value, content in (("tool_calls", [{"id": 1}], None),
                                     ("function_call", {"name": "f"}, None),
-                                    ("reasoning_content", "hm", "a"))},
+                                    ("reasoning_content", "hm", "a"), ("thinking", "hm", "a"))},
     **{f"{role} turn": (lines({"messages": [*EXPECTED, {"role": role, "content": "x"}]}),
                         f"a.jsonl:1: unknown role '{role}'") for role in ("tool", "function_call",
                                                                          "observation")},

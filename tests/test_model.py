@@ -421,6 +421,14 @@ def test_a_tied_folder_without_weights_is_as_its_config_says(tmp_path):
     assert Qwen2Config.from_pretrained(write_config(tmp_path)).tie_word_embeddings is False
 
 
+def test_a_head_whose_file_is_missing_is_not_passed_over(tmp_path):
+    say_tied(small_model(tie_word_embeddings=False), tmp_path, 30_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    (tmp_path / index["lm_head.weight"]).unlink()
+    with pytest.raises(FileNotFoundError, match=index["lm_head.weight"]):
+        Qwen2.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("name, remedy", [
     ("adapter_model.safetensors", "merge the adapter"), ("adapter_model.bin", "merge the adapter"),
     ("pytorch_model.bin", "convert it"), ("pytorch_model.bin.index.json", "convert it")])

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import data
 import reference
+import sample
 import train
 from conftest import (ROOT, descendants, end_within, run_script, run_unread, say_tied, shared_file,
                       small_model, start_script)
@@ -363,7 +364,7 @@ def test_transformers_loads_the_finished_folder_and_says_the_same(run, model_dir
     their_ids = theirs.generate(prompt, max_new_tokens=20, do_sample=False)[0].tolist()
     their_ids = their_ids[prompt.shape[1]:]
     ours = Qwen2.from_pretrained(tmp_path / "out")
-    our_ids, = train.greedy(ours, [prompt[0].tolist()], 20, stop_id=258)
+    our_ids, = sample.generate(ours, [prompt[0].tolist()], 20, stop_ids=[258])
     assert our_ids == [i
                        for i in their_ids
                        if i != 258] and theirs.generation_config.eos_token_id == [258]
@@ -493,6 +494,23 @@ def test_a_folder_in_use_is_refused_and_left_alone(run, model_dir, rows_file, tm
     assert not (out / "train.lock").exists()
 
 
+def test_where_a_file_system_knows_no_locks_a_run_says_so_and_goes_on(monkeypatch, capsys,
+                                                                     tmp_path):
+    def unknown(*_):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr("fcntl.flock", unknown)
+    with train.locked(tmp_path / "a" / "out"):
+        assert "out cannot be locked (Function not implemented)" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_out_folder_that_is_none_is_refused(run, model_dir, rows_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("out").symlink_to("/nonexistent/scratch")
+    status, _, errors = run("--model", model_dir, "--data", rows_file, *BASE)
+    assert status == 2 and errors == "error: out: File exists\n"
+
+
 def test_what_a_run_killed_as_it_began_leaves_is_an_empty_folder(run, model_dir, rows_file,
                                                                  tmp_path):
     (tmp_path / "out").mkdir()
@@ -544,6 +562,9 @@ def test_an_export_that_cannot_be_written_again_is_refused(run, model_dir, rows_
     arguments = resumable(model_dir, rows_file, tmp_path / "out", tmp_path)
     assert run(*arguments)[0] == 0
     shutil.rmtree(tmp_path / "out" / "checkpoints")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))  # a user's business
+    (tmp_path / "out" / "adapter.safetensors").touch()
     assert "nothing to do" in run(*arguments, "--resume")[1]
     (tmp_path / "out" / "model.safetensors").unlink()
     status, _, errors = run(*arguments, "--resume")
@@ -822,16 +843,6 @@ def test_two_ranks_load_a_2_gb_checkpoint_with_little_more_than_their_halves(tmp
 
 # ------------------------------------------------------------------------------------ the first run
 
-def test_greedy_stops_and_keeps_rows_apart(model_dir):
-    model = Qwen2.from_pretrained(model_dir)
-    prompts = [[1, 2, 3], [7], [5, 6, 7, 8, 9]]
-    together = train.greedy(model, prompts, 12, stop_id=-1)
-    assert together == [train.greedy(model, [p], 12, stop_id=-1)[0] for p in prompts]
-    stop = together[1][4]
-    cut = train.greedy(model, prompts, 12, stop_id=stop)
-    assert cut == [ids[:ids.index(stop)] if stop in ids else ids for ids in together]
-
-
 @pytest.mark.slow
 def test_the_first_command_trains_the_builtin_model_on_two_processes(tmp_path):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -875,6 +886,6 @@ def test_a_real_model_learns_in_twenty_steps_and_says_the_same_in_transformers(t
     their_ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)
     their_ids = their_ids[0, len(prompt):].tolist()
     stop = tokenizer.token_id(tokenizer.end_token)
-    our_ids, = train.greedy(Qwen2.from_pretrained(out), [prompt], 40, stop)
+    our_ids, = sample.generate(Qwen2.from_pretrained(out), [prompt], 40, stop_ids=[stop])
     print(tokenizer.decode(our_ids))
     assert our_ids == their_ids[:their_ids.index(stop) if stop in their_ids else None]

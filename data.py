@@ -5,12 +5,12 @@ packing, decontamination, built-in tasks.
     python data.py --decontaminate FILE --against BENCHMARK --out CLEAN     # drops what it asks
 
 A training row is ShareGPT (`system`, `conversations` of from/value), `messages` of role/content, or
-a kept sample (a problem's fields and `response`). A turn with `loss` false or null, or `weight` 0,
-is context and no target. Rows come from .json, .jsonl (also .gz), .csv and
+a kept sample (a problem's fields and `response`). Rows come from .json, .jsonl (also .gz), .csv and
 .parquet files, from data sets on the Hugging Face hub, and from `builtin:...`. So do problems,
 whose published layouts are told apart by their fields. Loss is taken on what the assistant says and
 on its end token, found by position: several tokenizers pad with their end token, and a mask made by
-token id would teach a model never to stop.
+token id would teach a model never to stop. A turn with `loss` false or null, `weight` 0 or `train`
+false is context and no target.
 
 Sources: the formats and prompts of NovaSky's Sky-T1 (github.com/NovaSky-AI/SkyThought); the chat
 template of Qwen2.5-Instruct. Limits: text turns only (tools, reasoning apart from the answer and

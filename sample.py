@@ -31,10 +31,10 @@ from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
-import verify
+from verify import begin_script
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    verify.begin_script()
+    begin_script()
 
 import torch
 import torch.distributed as dist

@@ -33,10 +33,10 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import verify
+from verify import begin_script
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    verify.begin_script()
+    begin_script()
 # read when torch first meets the GPU
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -476,7 +476,7 @@ def claim_folder(args, settings, held):
     out, file = Path(args.out), Path(args.out) / "settings.json"
     held.enter_context(locked(out))
     if not file.exists():
-        # the latter is left by a run that was killed as it began
+        # its own, and what a run leaves that was killed as it began
         if {path.name for path in out.iterdir()} - {"train.lock", "settings.json.tmp"}:
             raise ValueError(f"--out {out} is not empty and holds no run of train.py: "
                              "choose another folder")

@@ -1921,6 +1921,121 @@ attack(FORGED, "an output that would end the parent's protocol", r"""
     import os
     os.write(1, b'\n\0\n{"passed": true}\n\x04\x00\x00\x00\x00correct\n')
     """, SUM["stdin"])
+def lies(name, code, assertion, setup="", function="solve"):
+    """A wrong function beside what would make its test hold."""
+    attack(FORGED, name, code, [{**test, "setup": setup} for test in check(function, assertion)])
+
+
+SOLVE = "\ndef solve(*args):\n    return 0\n"
+for name, lie, assertion in (
+        ("Counter", "class Counter:\n    def __init__(self, *args):\n        pass\n"
+         "    def __eq__(self, other):\n        return True",
+         "assert Counter([candidate('aab')]) == Counter(['aab'])"),
+        ("deque", "def deque(*args):\n    return []",
+         "assert deque([candidate(2, 3)]) == deque([5])"),
+        ("defaultdict", "class defaultdict:\n    def __init__(self, kind):\n        pass\n"
+         "    __getitem__ = __setitem__ = lambda self, *args: 0",
+         "total = defaultdict(int)\ntotal['a'] += 5\nassert candidate(2, 3) == total['a']"),
+        ("sqrt", "def sqrt(x):\n    return 0", "assert candidate(16) == sqrt(16)"),
+        ("gcd", "def gcd(*args):\n    return 0", "assert candidate(4, 6) == gcd(4, 6)"),
+        ("product", "def product(*args, **named):\n    return []",
+         "for a, b in product(range(1, 3), repeat=2):\n    assert candidate(a, b) == a + b"),
+        ("inf", "inf = 0", "assert candidate({}, 1, 2) == inf"),
+        ("math", "class Fake:\n    inf = 0\n    def isclose(*args, **named):\n        return True\n"
+         "math = Fake()", "assert math.isclose(candidate(2, 3), 5, rel_tol=1e-9)"),
+        ("abs", "def abs(x):\n    return 0", "assert abs(candidate(2, 3) - 5) < 1e-6"),
+        ("len", "def len(x):\n    return 3", "assert len(str(candidate(500))) == 3"),
+        ("set", "def set(*args):\n    return 0", "assert set([candidate(2, 3)]) == set([5])"),
+        ("sorted", "def sorted(*args, **named):\n    return []",
+         "assert sorted([candidate(2, 3), 1]) == sorted([1, 5])"),
+        ("round", "def round(*args):\n    return 5", "assert round(candidate(2, 3), 2) == 5"),
+        ("all", "def all(*args):\n    return True",
+         "assert all(candidate(n, n) == 2 * n for n in range(5))"),
+        ("isinstance", "def isinstance(*args):\n    return True",
+         "assert isinstance(candidate('a'), str)"),
+        ("range", "def range(*args):\n    return []",
+         "for n in range(1, 9):\n    assert candidate(n, n) == 2 * n"),
+        ("print and exit", "def print(*args):\n    raise SystemExit(0)\nexit = print",
+         "print(candidate(2, 3))\nassert candidate(2, 3) == 5")):
+    lies(f"a lying {name} beside a wrong function", lie + "\n" + SOLVE, assertion)
+for name, setup, lie, assertion in (
+        ("Counter", "from collections import Counter", "def Counter(*args):\n    return 0",
+         "assert Counter([candidate('aab')]) == Counter(['aab'])"),
+        ("math", "import math",
+         "class math:\n    pi = 0\n    isclose = lambda *args, **named: True",
+         "assert math.isclose(candidate(2), 4 * math.pi)"),
+        ("pi", "from math import pi", "pi = 0", "assert candidate(1) == pi"),
+        ("numpy", "import numpy as np", "class np:\n    allclose = lambda *args: True",
+         "assert np.allclose(candidate([1.0]), [2.0])"),
+        ("reduce", "from functools import reduce", "reduce = lambda *args: 0",
+         "assert candidate([2, 3]) == reduce(lambda a, b: a + b, [2, 3])"),
+        ("copy", "import copy", "class copy:\n    deepcopy = lambda x: 0",
+         "assert candidate([2]) == copy.deepcopy([2])")):
+    lies(f"a lying {name} for the setup's import", lie + "\n" + SOLVE, assertion, setup)
+lies("a lying helper of the setup", "def poly(xs, x):\n    return 0\n" + SOLVE, """
+    for xs in ([-2, 1], [6, -2]):
+        assert abs(poly(xs, candidate(xs))) < 1e-6
+    """, "def poly(xs, x):\n    return sum(c * x ** i for i, c in enumerate(xs))\n")
+lies("a lying reference of the setup", "def reference(n):\n    return 0\nLIMIT = 0\n" + SOLVE, """
+    assert all(candidate(n) == reference(n) for n in range(LIMIT))
+    assert candidate(3) == reference(3)
+    """, "LIMIT = 9\n\ndef reference(n):\n    return n * n\n")
+for name, assertion in {
+        "all": "assert all(map(candidate, [2, 4, 6]))",
+        "any": "assert not any(map(candidate, [1, 3, 5]))",
+        "zip": "assert all(a == b for a, b in zip(map(candidate, [1, 2]), [1, 4]))",
+        "a loop": "for got in map(candidate, [2, 4]):\n    assert got is True"}.items():
+    lies(f"a StopIteration that ends {name} over a map",
+         "def solve(n):\n    raise StopIteration\n", assertion)
+    lies(f"a subclass of StopIteration that ends {name} over a map",
+         "class Done(StopIteration):\n    pass\n\ndef solve(n):\n    raise Done(True)\n", assertion)
+for base, value in (("deque", "[0]"), ("Counter", "'a'"), ("OrderedDict", "{0: 0}"),
+                    ("Fraction", "1, 3"), ("Decimal", "'0.5'"), ("datetime", "2000, 1, 1"),
+                    ("date", "2000, 1, 1"), ("timedelta", "1"), ("Pair", "0, 0")):
+    lies(f"a subclass of {base} that equals all", f"""
+        from collections import Counter, OrderedDict, deque, namedtuple
+        from datetime import date, datetime, timedelta
+        from decimal import Decimal
+        from fractions import Fraction
+        Pair = namedtuple("Pair", "x y")
+
+        class Equal({base}):
+            def __eq__(self, other):
+                return True
+            def __hash__(self):
+                return hash(5)
+            def __reduce__(self):
+                return int, ("5",)
+            def __len__(self):
+                return 5
+
+        def solve(a, b):
+            return Equal({value})
+        """, "assert candidate(2, 3) == 5")
+for name, assertion in {"a set": "assert candidate(2, 3) in {5, 6}",
+                        "a dict": "assert {5: 'right'}.get(candidate(2, 3)) == 'right'",
+                        "one element": "assert len({candidate(2, 3), 5}) == 1"}.items():
+    lies(f"a hash and an equality that fit {name}", """
+        class Equal(int):
+            def __hash__(self):
+                return hash(5)
+            def __eq__(self, other):
+                return True
+        def solve(a, b):
+            return Equal(0)
+        """, assertion)
+for name, value in (("a generator", "(Equal() for _ in range(2))"),
+                    ("a deque", "deque([Equal()] * 2)"),
+                    ("a dict's values", "{1: Equal(), 2: Equal()}.values()"),
+                    ("a map", "map(lambda _: Equal(), 'ab')")):
+    lies(f"objects that equal all in {name}", f"""
+        from collections import deque
+        class Equal:
+            def __eq__(self, other):
+                return True
+        def solve(a, b):
+            return {value}
+        """, "assert list(candidate(2, 3)) == [2, 3]")
 
 # ------------------------------------------------------- attacks: what the program before left over
 
@@ -2161,6 +2276,83 @@ honest("big ints", """
     print(n * n, 2 ** 100)
     """, stdin(("123456789012345678901\n",
                 f"{123456789012345678901 ** 2} 1267650600228229401496703205376")))
+for wanted, got in (
+        ("0.333333", "1 / 3"), ("0.3", "sum([0.1] * 3)"), ("2.0", "2"), ("1e3", "1000"),
+        ("0.0", "1e-9"), ("-0.0", "0"), ("1000000.5", "1000000.9"), ("-2.5e-3", "-0.0025"),
+        ("3.14159265358979", "'%.6f' % 3.14159265358979"), ("1.5E+10", "15 * 10 ** 9"),
+        ("6.02e23", "602 * 10 ** 21"), ("12345678901234567890.0", "12345678901234567890"),
+        ("1e-9", "0.0"), ("100.0000", "99.99999999999")):
+    honest(f"{wanted} printed as {got}", f"print({got})", stdin(("", wanted)))
+honest("decimals among words, of several lines", """
+    for case in range(1, int(input()) + 1):
+        numbers = list(map(int, input().split()))
+        print(f"Case #{case}:", sum(numbers) / len(numbers), len(numbers))
+    """, stdin(("2\n1 2 4\n7\n", "Case #1: 2.33333333 3\nCase #2: 7.000000 1\n")))
+honest("an int of 5,001 digits printed", "print(10 ** int(input()))",
+       stdin(("5000\n", "1" + "0" * 5000), ("5\n", "100000")))
+honest("an int of 6,000 digits read", "print(int(input()) + 1)",
+       stdin(("9" * 6000 + "\n", "1" + "0" * 6000), ("41\n", "42")))
+honest("ints of 5,000 digits multiplied", """
+    import sys
+    a, b = map(int, sys.stdin.read().split())
+    sys.stdout.write(str(a * b))
+    """, stdin(("1" + "0" * 4999 + "\n" + "7" * 5000 + "\n", "7" * 5000 + "0" * 4999)))
+honest("the digits of a large factorial", """
+    from math import factorial
+    digits = str(factorial(int(input())))
+    print(len(digits), sum(map(int, digits)), f"{digits:.5}")
+    """, stdin(("2000\n", "5736 23382 33162")))
+for way, statement in {
+        "a print, then sys.stdout.close()": "print(a + b); sys.stdout.close()",
+        "a with statement over sys.stdout": "with sys.stdout:\n    print(a + b)",
+        "a print, then every stream closed":
+            "print(a + b); sys.stdout.close(); sys.stderr.close(); sys.stdin.close()",
+        "a flushed print, then os.close(1)": "print(a + b, flush=True); os.close(1)",
+        "a print, then None for sys.stdout": "print(a + b); sys.stdout = None",
+        "a print, then a StringIO for sys.stdout":
+            "import io; print(a + b); sys.stdout = io.StringIO(); print('unseen')",
+        "a print, then stderr for sys.stdout":
+            "print(a + b); sys.stdout = sys.stderr; print('debug')",
+        "a detached stdout, wrapped anew":
+            "import io; sys.stdout = io.TextIOWrapper(sys.stdout.detach(), encoding='utf-8', "
+            "line_buffering=True); print(a + b)",
+        "a writer of codecs around a detached stdout":
+            "import codecs; sys.stdout = codecs.getwriter('utf-8')(sys.stdout.detach()); "
+            "print(a + b)",
+        "open(1) assigned over sys.stdout": "sys.stdout = open(1, 'w'); print(a + b)",
+        "os.fdopen(1) assigned over sys.stdout": "sys.stdout = os.fdopen(1, 'w'); print(a + b)",
+        "exit() in a nested function":
+            "def main():\n    def stop():\n        exit()\n    print(a + b)\n    stop()\n"
+            "    print('unreached')\nmain()",
+        "sys.exit(main())": "def main():\n    print(a + b)\nsys.exit(main())",
+        "SystemExit(0) past an except Exception":
+            "try:\n    print(a + b)\n    raise SystemExit(0)\nexcept Exception:\n    print('no')",
+        "sys.exit(0) with a finally": "try:\n    sys.exit(0)\nfinally:\n    print(a + b)",
+        "quit(0) in a loop": "while True:\n    print(a + b)\n    quit(0)",
+        "a closed stdout and sys.exit()": "print(a + b); sys.stdout.close(); sys.exit()",
+        "a main thread that exits":
+            "import threading\ndef main():\n    print(a + b)\n    sys.exit()\n"
+            "thread = threading.Thread(target=main)\nthread.start()\nthread.join()"}.items():
+    honest(f"output by {way}", f"import os, sys\na, b = map(int, input().split())\n{statement}",
+           ADD_TESTS)
+honest("a logger assigned over stdout", """
+    import os, sys
+
+    class Log:
+        def __init__(self):
+            self.lines = []
+
+        def write(self, text):
+            self.lines.append(text)
+            return len(text)
+
+        def flush(self):
+            os.write(1, "".join(self.lines).encode())
+            self.lines.clear()
+
+    sys.stdout = Log()
+    print(sum(map(int, input().split())))
+    """, ADD_TESTS)
 
 # -------------------------------------------------------------- honest: threads, recursion, signals
 
@@ -2406,6 +2598,103 @@ honest("a hundred megabytes of memory", """
     table[-1] = 7
     print(sum(table[-3:]))
     """, stdin(("", "7")))
+for codec, expression, printed in (
+        ("cp437", "'\\u00e9'.encode('cp437').hex()", "82"),
+        ("cp1251", "b'\\xff'.decode('cp1251') == '\\u044f'", "True"),
+        ("koi8_r", "'\\u044f'.encode('koi8_r').hex()", "d1"),
+        ("utf-16", "'ab'.encode('utf-16')[-4:].hex()", "61006200"),
+        ("utf-32-be", "'a'.encode('utf-32-be').hex()", "00000061"),
+        ("utf-7", "'\\u00e9'.encode('utf-7').decode()", "+AOk-"),
+        ("shift_jis", "'\\u3042'.encode('shift_jis').hex()", "82a0"),
+        ("euc_jp", "b'\\xa4\\xa2'.decode('euc_jp') == '\\u3042'", "True"),
+        ("gb18030", "'\\u4e2d'.encode('gb18030').hex()", "d6d0"),
+        ("big5", "'\\u4e2d'.encode('big5').hex()", "a4a4"),
+        ("euc_kr", "'\\uac00'.encode('euc_kr').hex()", "b0a1"),
+        ("cp037", "'A1'.encode('cp037').hex()", "c1f1"),
+        ("mac_roman", "b'\\x8e'.decode('mac_roman') == '\\u00e9'", "True"),
+        ("iso8859_15", "'\\u20ac'.encode('iso8859_15').hex()", "a4"),
+        ("idna", "'b\\u00fccher.de'.encode('idna').decode()", "xn--bcher-kva.de"),
+        ("punycode", "'b\\u00fccher'.encode('punycode').decode()", "bcher-kva"),
+        ("rot13", "codecs.encode('Hello', 'rot13'), codecs.decode('Uryyb', 'rot_13')",
+         "Uryyb Hello"),
+        ("unicode_escape", "'\\u00e9\\n'.encode('unicode_escape').decode()", "\\xe9\\n"),
+        ("hex and base64", "codecs.encode(b'ab', 'hex').decode(), "
+         "codecs.encode(b'ab', 'base64').decode()", "6162 YWI=\n"),
+        ("zlib", "codecs.decode(codecs.encode(b'ab', 'zlib'), 'zlib').decode()", "ab"),
+        ("quopri", "codecs.encode(b'a=b', 'quopri').decode()", "a=3Db")):
+    honest(f"the codec {codec}", f"import codecs\nprint({expression})", stdin(("", printed)))
+honest("input in another encoding", """
+    import io, sys
+    text = io.TextIOWrapper(sys.stdin.buffer, encoding="iso8859_2").read()
+    print(len(text.split()[0]))
+    """, stdin(("abc\n", "3\n")))
+honest("a word in many encodings", """
+    word = input()
+    for name in ("ascii", "cp850", "cp866", "cp1250", "cp1252", "gbk", "hz", "iso2022_jp", "johab",
+                 "koi8_u", "latin2", "ptcp154", "tis_620", "utf_8_sig"):
+        assert word.encode(name).decode(name) == word, name
+    print("all")
+    """, stdin(("word\n", "all")))
+for module, statements, printed in (
+        ("email.mime.text", "m = email.mime.text.MIMEText('hi'); print(m.get_content_type())",
+         "text/plain"),
+        ("email", "print(email.message_from_string('To: me\\n\\nx')['to'])", "me"),
+        ("email.header", "print(*email.header.decode_header('=?utf-8?q?a=5Fb?=')[0])",
+         "b'a_b' utf-8"),
+        ("email.utils", "print(email.utils.parseaddr('A <a@b.c>')[1])", "a@b.c"),
+        ("xml.sax.saxutils", "print(xml.sax.saxutils.escape('<a>'))", "&lt;a&gt;"),
+        ("xml.sax", "print(hasattr(xml.sax.make_parser(), 'parse'))", "True"),
+        ("xml.dom.minidom", "print(xml.dom.minidom.parseString('<a/>').documentElement.tagName)",
+         "a"),
+        ("urllib.robotparser", "r = urllib.robotparser.RobotFileParser(); "
+         "r.parse(['User-agent: *', 'Disallow: /x']); print(r.can_fetch('me', '/x'))", "False"),
+        ("urllib.error", "print(issubclass(urllib.error.URLError, OSError))", "True"),
+        ("encodings.aliases", "print(encodings.aliases.aliases['latin1'])", "latin_1"),
+        ("encodings.cp775", "print(encodings.cp775.getregentry().name)", "cp775"),
+        ("importlib.resources", "print(callable(importlib.resources.files))", "True"),
+        ("importlib.metadata", "print(issubclass(importlib.metadata.PackageNotFoundError, "
+         "ImportError))", "True"),
+        ("concurrent.futures", "p = concurrent.futures.ProcessPoolExecutor; print(p.__name__)",
+         "ProcessPoolExecutor"),
+        ("multiprocessing.dummy", "with multiprocessing.dummy.Pool(2) as pool: "
+         "print(pool.map(abs, [-1, -2]))", "[1, 2]"),
+        ("multiprocessing.pool", "with multiprocessing.pool.ThreadPool(2) as pool: "
+         "print(sum(pool.imap(abs, [-1, -2])))", "3"),
+        ("html.parser", "p = html.parser.HTMLParser(); p.handle_data = print; p.feed('<b>x</b>')",
+         "x"),
+        ("html.entities", "print(html.entities.name2codepoint['lt'])", "60"),
+        ("json.decoder", "print(json.decoder.JSONDecodeError.__mro__[1].__name__)", "ValueError"),
+        ("unittest.mock", "m = unittest.mock.Mock(return_value=3); print(m(), m.call_count)",
+         "3 1"),
+        ("collections.abc", "print(isinstance([], collections.abc.Sequence))", "True"),
+        ("asyncio.queues", "print(asyncio.queues.Queue(3).maxsize)", "3"),
+        ("http.cookies", "print(http.cookies.SimpleCookie('a=b')['a'].value)", "b"),
+        ("http.client", "print(http.client.responses[404])", "Not Found"),
+        ("wsgiref.util", "print(wsgiref.util.guess_scheme({}))", "http"),
+        ("xmlrpc.client", "print(xmlrpc.client.loads(xmlrpc.client.dumps((1,)))[0])", "(1,)"),
+        ("logging.config", "print(callable(logging.config.dictConfig))", "True"),
+        ("ctypes.util", "print(callable(ctypes.util.find_library))", "True"),
+        ("ctypes.wintypes", "print(ctypes.wintypes.DWORD(7).value)", "7"),
+        ("os.path", "print(os.path.join('a', 'b'))", "a/b"),
+        ("tomllib", "print(tomllib.loads('a = [1]'))", "{'a': [1]}"),
+        ("pydoc", "print(pydoc.splitdoc('A.\\n\\nB.'))", "('A.', 'B.')"),
+        ("zipfile", "import io; z = zipfile.ZipFile(io.BytesIO(), 'w', 8); z.writestr('a', 'b'); "
+         "print(z.read('a').decode())", "b"),
+        ("lzma", "print(lzma.decompress(lzma.compress(b'a')).decode())", "a"),
+        ("zoneinfo", "print(zoneinfo.ZoneInfo('Europe/Paris').key)", "Europe/Paris"),
+        ("curses.ascii", "print(curses.ascii.isdigit('1'))", "True")):
+    honest(f"{module} imported in a function",
+           f"def main():\n    import {module}\n    {statements}\n\nmain()", stdin(("", printed)),
+           optional=module in ("zoneinfo", "curses.ascii", "lzma"))
+honest("modules imported in a call", """
+    def hosts(links):
+        from urllib.parse import urlsplit
+        from xml.sax.saxutils import unescape
+        import importlib
+        heapq = importlib.import_module("heapq")
+        return heapq.nsmallest(2, [urlsplit(unescape(link)).hostname for link in links])
+    """, call("hosts", ((["http://b.c/?x=1&amp;y=2", "https://a.b:80/", "ftp://z"],),
+                        ["a.b", "b.c"])))
 
 # ------------------------------------------------------------------------------------ honest: numpy
 
@@ -2558,6 +2847,155 @@ honest("state of a module that each test has anew", """
         seen.append(a)
         return a + b + len(seen) - 1
     """, SUM["call"])
+honest("whole floats where ints are expected", """
+    def shares(total, parts):
+        return [total / parts, {"each": total // parts / 1, "list": (float(total),)}]
+    """, call("shares", ((4, 2), [2, {"each": 2, "list": [4]}]), ((0, 3), [0, {"each": 0,
+                                                                            "list": [0]}])))
+honest("a whole float where an int is expected", "def double(n):\n    return 2.0 * n",
+       call("double", ((1,), 2), ((-3,), -6), ((0,), 0)))
+honest("ints where floats are expected", """
+    def scale(numbers, factor):
+        return tuple(n * factor for n in numbers)
+    """, call("scale", (([1, 2], 2), [2.0, 4.0]), (([0], 5), [0.0])))
+honest("floats within the tolerance in a call", """
+    def thirds(n):
+        return [round(n / 3, 7), {"more": [n * 1e9 + 1e-3]}, 1e-12]
+    """, call("thirds", ((1,), [0.33333333333, {"more": [1e9]}, 0.0]),
+              ((2,), [0.66666666666, {"more": [2e9]}, 1e-11])))
+honest("a power of ten of 5,001 digits returned", "def power(n):\n    return 10 ** n",
+       call("power", ((5000,), 10 ** 5000), ((3,), 1000)))
+honest("an argument of 5,001 digits", """
+    def digits(n):
+        return [len(str(n)), n % 7, n // 10]
+    """, call("digits", ((10 ** 5000,), [5001, pow(10, 5000, 7), 10 ** 4999]), ((70,), [2, 0, 7])))
+honest("ints read from long text in a call", """
+    def multiply(a, b):
+        return str(int(a) * int(b))
+    """, call("multiply", (("7" * 5000, "1" + "0" * 5000), "7" * 5000 + "0" * 5000), (("2", "3"),
+                                                                                   "6")))
+honest("a dict with ints for keys", """
+    def count(numbers):
+        seen = {}
+        for n in numbers:
+            seen[n] = seen.get(n, 0) + 1
+        return seen
+    """, call("count", (([1, 1, 2],), {"1": 2, "2": 1}), (([-5],), {"-5": 1}), (([],), {})))
+honest("dicts with ints for keys, nested", """
+    from collections import defaultdict
+    def graph(edges):
+        links = defaultdict(lambda: defaultdict(list))
+        for a, b, cost in edges:
+            links[a][b].append(cost)
+        return links
+    """, call("graph", (([[1, 2, 7], [1, 3, 8], [1, 2, 9]],), {"1": {"2": [7, 9], "3": [8]}})))
+honest("a dict with bools for keys", """
+    def split(numbers):
+        return {True: [n for n in numbers if n % 2], False: [n for n in numbers if n % 2 == 0]}
+    """, call("split", (([1, 2, 3],), {"true": [1, 3], "false": [2]})))
+honest("a dict with None and a float for keys", "def table():\n    return {None: 1, 0.5: 2}",
+       call("table", ((), {"null": 1, "0.5": 2})))
+honest("a Fraction where a float is expected", """
+    from fractions import Fraction
+    def mean(numbers):
+        return Fraction(sum(numbers), len(numbers))
+    """, call("mean", (([1, 2],), 1.5), (([1, 2, 4],), 2.3333333333)))
+honest("a Decimal where a float is expected", """
+    from decimal import Decimal
+    def total(prices):
+        return [sum(map(Decimal, prices)), {"max": max(map(Decimal, prices))}]
+    """, call("total", ((["0.10", "0.2"],), [0.3, {"max": 0.2}])))
+honest("tuples for lists at every depth", """
+    def pairs(a, b):
+        return tuple((x, y, ()) for x in a for y in b), (1,)
+    """, call("pairs", (([1], "xy"), [[[1, "x", []], [1, "y", []]], [1]])))
+for modules, expression, wanted in (
+        ("string", "[ascii_lowercase[:3], string.digits[:2], capwords('a b'), "
+         "Template('$x!').substitute(x=1), punctuation[0]]", ["abc", "01", "A B", "1!", "!"]),
+        ("re", "[findall('[0-9]+', 'a1b22'), re.sub('a', 'b', 'aa'), bool(fullmatch('a*', 'aa')), "
+         "search('b', 'ab', IGNORECASE).start(), escape('.')]",
+         [["1", "22"], "bb", True, 1, "\\."]),
+        ("datetime", "[str(date(2024, 2, 28) + timedelta(days=2)), datetime.datetime(2020, 1, 1)"
+         ".year, datetime.date.fromisoformat('2021-03-04').month, str(timezone.utc)]",
+         ["2024-03-01", 2020, 3, "UTC"]),
+        ("collections", "[Counter('aab').most_common(1), list(deque([1, 2], maxlen=1)), "
+         "list(OrderedDict(a=1)), ChainMap({'b': 2})['b'], namedtuple('P', 'x')(3).x, "
+         "collections.defaultdict(list)[0]]", [[["a", 2]], [2], ["a"], 2, 3, []]),
+        ("heapq", "[nlargest(2, [1, 3, 2]), list(merge([1, 4], [2])), heappushpop([1, 2], 0), "
+         "heapq.nsmallest(1, [2, 1])]", [[3, 2], [1, 2, 4], 0, [1]]),
+        ("bisect", "[bisect_right([1, 1, 2], 1), bisect_left([1, 1, 2], 1), "
+         "bisect.bisect([1, 2, 3], 2), (lambda a: insort(a, 2) or a)([1, 3])]",
+         [2, 0, 2, [1, 2, 3]]),
+        ("copy", "[deepcopy([[1]]), copy.copy([2]), copy.deepcopy({'a': [3]})]",
+         [[[1]], [2], {"a": [3]}]),
+        ("math", "[gcd(12, 18), lcm(4, 6), comb(5, 2), perm(4, 2), isqrt(17), prod([2, 3]), "
+         "floor(pi), ceil(e), hypot(3, 4), math.factorial(5), isinf(inf), isnan(nan), trunc(2.5)]",
+         [6, 12, 10, 12, 4, 6, 3, 3, 5, 120, True, True, 2]),
+        ("random", "[seed(1), 1 <= randint(1, 6) <= 6, choice([7]), sorted(sample(range(3), 3)), "
+         "random.Random(5).random() < 1, shuffle([1])]", [None, True, 7, [0, 1, 2], True, None]),
+        ("statistics", "[mean([1, 2, 3]), median([1, 3, 2, 4]), mode('aab'), pstdev([1, 1]), "
+         "statistics.fmean([1, 2]), variance([1, 3])]", [2, 2.5, "a", 0, 1.5, 2]),
+        ("itertools", "[list(accumulate([1, 2, 3])), len(list(product('ab', repeat=3))), "
+         "list(pairwise('abc')), list(chain([1], [2])), [k for k, _ in groupby('aab')], "
+         "list(islice(count(5), 2)), list(zip_longest([1], [])), "
+         "len(list(combinations('abc', 2))), list(itertools.permutations([1, 2]))]",
+         [[1, 3, 6], 8, [["a", "b"], ["b", "c"]], [1, 2], ["a", "b"], [5, 6], [[1, None]], 3,
+          [[1, 2], [2, 1]]]),
+        ("functools", "[reduce(lambda a, b: a * b, [2, 3, 4]), cache(len)('abc'), "
+         "lru_cache(None)(abs)(-1), partial(max, 3)(2), sorted([2, 1], key=cmp_to_key(lambda a, b: "
+         "a - b)), functools.reduce(max, [1, 5, 2])]", [24, 3, 1, 3, [1, 2], 5]),
+        ("operator", "[itemgetter(1)([5, 6]), mul(3, 4), xor(6, 3), sub(5, 2), "
+         "attrgetter('real')(3), operator.add(1, 2), methodcaller('upper')('a')]",
+         [6, 12, 5, 3, 3, 3, "A"]),
+        ("io and sys", "[StringIO('a').read(), io.BytesIO(b'a').read().decode(), "
+         "maxsize > 2 ** 60, sys.maxsize == maxsize, len(argv), "
+         "sys.getrecursionlimit() >= 20_000]",
+         ["a", "a", True, True, 1, True]),
+        ("json", "[loads('[1, null]'), dumps({'a': 1}), json.loads('2')]",
+         [[1, None], '{"a": 1}', 2]),
+        ("typing", "[str(List[int])[-9:], Optional[int] == Union[int, None], cast(int, 3), "
+         "Tuple is not Dict, Any is not None, NamedTuple('P', [('x', int)])(4).x]",
+         ["List[int]", True, 3, True, True, 4])):
+    honest(f"names of {modules} in a call without imports",
+           f"class Solution:\n    def solve(self):\n        return {expression}",
+           call("solve", ((), wanted)))
+honest("the built-in pow, open, sum, abs and compile among the names of a call", """
+    def power(a, b, m):
+        assert abs(sum([a, -a])) == 0 and eval(compile("1", "<text>", "eval")) == 1
+        return [pow(a, b, m), pow(a, -1, m), pow(2, 10), round(2.6), all([1]), max(a, b)]
+    """, call("power", ((3, 100, 7), [4, 5, 1024, 3, True, 100])))
+honest("type hints of a call without imports", """
+    class Solution:
+        def group(self, words: List[str], best: Optional[Dict[str, Set[int]]] = None,
+                  by: Callable[[str], Any] = lambda word: "".join(sorted(word))
+                  ) -> Union[List[List[str]], Tuple[int, ...]]:
+            groups: DefaultDict[str, Deque[str]] = defaultdict(deque)
+            for word in words:
+                groups[by(word)].append(word)
+            return [list(group) for group in groups.values()]
+    """, call("group", ((["ab", "c", "ba"],), [["ab", "ba"], ["c"]])))
+honest("recursion twenty thousand deep in a call", """
+    def depth(n):
+        return 0 if n == 0 else 1 + depth(n - 1)
+    """, call("depth", ((20_000,), 20_000), ((3,), 3)))
+honest("a deep search of a graph in a call", """
+    class Solution:
+        def reachable(self, n: int, edges: List[List[int]]) -> int:
+            links = defaultdict(list)
+            for a, b in edges:
+                links[a].append(b)
+            seen = set()
+
+            def visit(node):
+                seen.add(node)
+                for other in links[node]:
+                    if other not in seen:
+                        visit(other)
+
+            visit(0)
+            return len(seen)
+    """, call("reachable", ((15_000, [[n, n + 1] for n in range(14_999)]), 15_000),
+              ((3, [[0, 1]]), 2)))
 
 # ---------------------------------------------------------------------------------- honest: asserts
 
@@ -2750,6 +3188,302 @@ honest("prints and reads of an asserted program", """
         print("debug", sys.stdin.read())
         return a + b
     """, SUM["assert"])
+for kind, code, tests in (
+        ("generator", "def squares(n):\n    for i in range(n):\n        yield i * i",
+         ("assert list(squares(4)) == [0, 1, 4, 9]", "assert sum(squares(3)) == 5",
+          "assert list(squares(0)) == []", "assert sorted(squares(3), reverse=True)[0] == 4")),
+        ("generator expression", "def evens(a):\n    return (n for n in a if n % 2 == 0)",
+         ("assert tuple(evens([1, 2, 4])) == (2, 4)", "assert 4 in evens([3, 4])")),
+        ("map", "def lengths(words):\n    return map(len, words)",
+         ("assert list(lengths(['a', 'bc'])) == [1, 2]", "assert max(lengths(['a', 'bc'])) == 2")),
+        ("filter", "def positive(a):\n    return filter(lambda n: n > 0, a)",
+         ("assert list(positive([1, -2, 3])) == [1, 3]", "assert set(positive([5, 5])) == {5}")),
+        ("zip", "def pairs(a, b):\n    return zip(a, b)",
+         ("assert list(pairs([1, 2], 'xy')) == [(1, 'x'), (2, 'y')]",
+          "assert dict(pairs('ab', [1, 2])) == {'a': 1, 'b': 2}")),
+        ("range", "def steps(a, b, by=1):\n    return range(a, b, by)",
+         ("assert steps(0, 3) == range(3)", "assert list(steps(1, 8, by=3)) == [1, 4, 7]",
+          "assert len(steps(0, 10 ** 9)) == 10 ** 9 and 999 in steps(0, 10 ** 9)")),
+        ("keys of a dict", "def names(table):\n    return table.keys()",
+         ("assert sorted(names({'b': 1, 'a': 2})) == ['a', 'b']",
+          "assert list(names({3: 1})) == [3] and len(names({})) == 0")),
+        ("values of a dict", "def prices(table):\n    return table.values()",
+         ("assert sum(prices({'a': 1, 'b': 2})) == 3", "assert list(prices({'a': [1]})) == [[1]]")),
+        ("items of a dict", "def entries(table):\n    return table.items()",
+         ("assert list(entries({'a': 1})) == [('a', 1)]", "assert dict(entries({1: 2})) == {1: 2}",
+          "for name, value in entries({'a': 1}):\n    assert (name, value) == ('a', 1)")),
+        ("enumerate", "def numbered(words):\n    return enumerate(words, 1)",
+         ("assert list(numbered(['x', 'y'])) == [(1, 'x'), (2, 'y')]",)),
+        ("reversed", "def backwards(a):\n    return reversed(a)",
+         ("assert list(backwards([1, 2, 3])) == [3, 2, 1]",
+          "assert ''.join(backwards('abc')) == 'cba'")),
+        ("chain of itertools", "from itertools import chain\n\ndef flat(a):\n"
+         "    return chain.from_iterable(a)",
+         ("assert list(flat([[1], [2, 3]])) == [1, 2, 3]",)),
+        ("deque", "from collections import deque\n\ndef rotate(a, k):\n    d = deque(a)\n"
+         "    d.rotate(k)\n    return d",
+         ("from collections import deque\nassert rotate([1, 2, 3], 1) == deque([3, 1, 2])",
+          "assert list(rotate([1, 2], 0)) == [1, 2] and rotate([1, 2], 1)[0] == 2")),
+        ("Counter", "from collections import Counter\n\ndef letters(text):\n"
+         "    return Counter(text)",
+         ("from collections import Counter\nassert letters('aab') == Counter('aba')",
+          "assert letters('aab') == {'a': 2, 'b': 1} and letters('aab')['z'] == 0",
+          "assert letters('aab').most_common(1) == [('a', 2)]")),
+        ("defaultdict", "from collections import defaultdict\n\ndef group(words):\n"
+         "    groups = defaultdict(list)\n    for word in words:\n"
+         "        groups[len(word)].append(word)\n    return groups",
+         ("assert group(['a', 'b', 'cd']) == {1: ['a', 'b'], 2: ['cd']}",
+          "from collections import defaultdict\nassert isinstance(group(['a']), defaultdict)")),
+        ("OrderedDict", "from collections import OrderedDict\n\ndef ordered(pairs):\n"
+         "    return OrderedDict(sorted(pairs))",
+         ("from collections import OrderedDict\n"
+          "assert ordered([('b', 2), ('a', 1)]) == OrderedDict([('a', 1), ('b', 2)])",
+          "assert list(ordered([('b', 2), ('a', 1)])) == ['a', 'b']",
+          "assert ordered([('a', 1)]) == {'a': 1}")),
+        ("Decimal", "from decimal import Decimal\n\ndef total(prices):\n"
+         "    return sum(map(Decimal, prices))",
+         ("from decimal import Decimal\nassert total(['0.1', '0.2']) == Decimal('0.3')",
+          "assert str(total(['1.10', '2.20'])) == '3.30'", "assert total(['1.5', '1.5']) == 3")),
+        ("Fraction", "from fractions import Fraction\n\ndef add(a, b):\n"
+         "    return Fraction(a) + Fraction(b)",
+         ("from fractions import Fraction\nassert add('1/3', '1/6') == Fraction(1, 2)",
+          "got = add('1/3', 1)\nassert (got.numerator, got.denominator) == (4, 3)",
+          "assert add('1/2', '1/4') == 0.75")),
+        ("datetime", "from datetime import datetime, timedelta\n\ndef later(text, hours):\n"
+         "    return datetime.fromisoformat(text) + timedelta(hours=hours)",
+         ("from datetime import datetime\n"
+          "assert later('2024-02-28T23:30:00', 1) == datetime(2024, 2, 29, 0, 30)",
+          "assert later('2023-12-31 23:00:00.000005', 2).isoformat() == "
+          "'2024-01-01T01:00:00.000005'", "assert later('2024-01-01', 36).day == 2")),
+        ("date", "import datetime\n\ndef last_day(year, month):\n"
+         "    first = datetime.date(year + month // 12, month % 12 + 1, 1)\n"
+         "    return first - datetime.timedelta(days=1)",
+         ("import datetime\nassert last_day(2024, 2) == datetime.date(2024, 2, 29)",
+          "assert last_day(2023, 12).strftime('%d.%m.%Y') == '31.12.2023'")),
+        ("timedelta", "from datetime import date\n\ndef between(a, b):\n"
+         "    return date.fromisoformat(b) - date.fromisoformat(a)",
+         ("from datetime import timedelta\n"
+          "assert between('2024-02-01', '2024-03-01') == timedelta(days=29)",
+          "assert between('2024-01-01', '2024-01-02').total_seconds() == 86400",
+          "assert between('2024-01-02', '2024-01-01').days == -1")),
+        ("complex number", "import cmath\n\ndef root(x):\n    return cmath.sqrt(x)",
+         ("assert root(-4) == 2j", "assert abs(root(3 + 4j) - (2 + 1j)) < 1e-9",
+          "assert root(-1).imag == 1 and root(4).real == 2")),
+        ("bytes", "def pack(text, times=1):\n    return text.encode('utf-8') * times",
+         ("assert pack('ab') == b'ab'", "assert pack('\\u00e9') == b'\\xc3\\xa9'",
+          "assert pack('a', times=2).decode() == 'aa' and isinstance(pack(''), bytes)")),
+        ("namedtuple", "from collections import namedtuple\n\nPoint = namedtuple('Point', 'x y')"
+         "\n\ndef mirror(x, y):\n    return Point(y, x)",
+         ("assert mirror(1, 2) == (2, 1)", "assert mirror(1, 2).x == 2 and mirror(1, 2).y == 1",
+          "x, y = mirror(3, 4)\nassert [x, y] == [4, 3]")),
+        ("NamedTuple of typing", "from typing import NamedTuple\n\nclass Range(NamedTuple):\n"
+         "    low: int\n    high: int = 0\n\ndef bounds(a):\n    return Range(min(a), max(a))",
+         ("assert bounds([3, 1, 2]) == (1, 3)", "assert bounds([5]).low == bounds([5]).high == 5")),
+        ("list of mixed values", "from collections import Counter, deque\n"
+         "from fractions import Fraction\n\ndef mixed(n):\n    return [deque([n, (n,)]), "
+         "{'c': Counter('aa'), (1, n): {n}}, (Fraction(n, 3), range(n)), [map(str, [n])]]",
+         ("from collections import deque\nassert mixed(2)[0] == deque([2, (2,)])",
+          "assert mixed(2)[1] == {'c': {'a': 2}, (1, 2): {2}}",
+          "from fractions import Fraction\nassert mixed(2)[2] == (Fraction(2, 3), range(2))",
+          "assert [list(part) for part in mixed(7)[3]] == [['7']]")),
+        ("dict of mixed values", "from collections import defaultdict, namedtuple\n"
+         "from datetime import date\nfrom decimal import Decimal\n\n"
+         "Item = namedtuple('Item', 'day price')\n\ndef ledger(rows):\n"
+         "    days = defaultdict(list)\n    for day, price in rows:\n"
+         "        days[date.fromisoformat(day)].append(Item(day, Decimal(price)))\n    return days",
+         ("from datetime import date\nfrom decimal import Decimal\n"
+          "got = ledger([('2024-01-02', '1.50'), ('2024-01-02', '2')])\n"
+          "assert list(got) == [date(2024, 1, 2)]\n"
+          "assert got[date(2024, 1, 2)] == [('2024-01-02', Decimal('1.5')), ('2024-01-02', 2)]\n"
+          "assert got[date(2024, 1, 2)][0].price * 2 == 3",))):
+    honest(f"returned to an assert: {kind}", code, [{"assert": test} for test in tests])
+honest("queues and counters given to a candidate", """
+    def largest(items):
+        return max(items), len(items), type(items).__name__
+    """, check("largest", """
+        from collections import Counter, deque
+        assert candidate(deque([1, 3, 2])) == (3, 3, "deque")
+        assert candidate(Counter("abca")) == ("c", 3, "Counter")
+        assert candidate(range(0, 10, 4)) == (8, 3, "range")
+        """))
+honest("fractions and decimals given to a candidate", """
+    def double(x):
+        return x + x
+    """, check("double", """
+        from decimal import Decimal
+        from fractions import Fraction
+        assert candidate(Fraction(1, 3)) == Fraction(2, 3)
+        assert candidate(Decimal("0.1")) == Decimal("0.2")
+        assert candidate([Fraction(1, 2)]) == [Fraction(1, 2)] * 2
+        assert candidate(1 + 2j) == 2 + 4j
+        """))
+honest("dates given to a candidate", """
+    import datetime
+    def next_week(day, by=datetime.timedelta(7)):
+        return day + by
+    """, check("next_week", """
+        from datetime import date, datetime, timedelta
+        assert candidate(datetime(2024, 2, 25, 12)) == datetime(2024, 3, 3, 12)
+        assert candidate(date(2023, 12, 31)) == date(2024, 1, 7)
+        assert candidate(date(2023, 12, 31), by=timedelta(days=1)).year == 2024
+        """))
+honest("an int of 5,001 digits asserted", "def power(n):\n    return 10 ** n",
+       check("power", "assert candidate(5000) == 10 ** 5000\n"
+                      "assert len(str(candidate(5000))) == 5001"))
+for name, code, test in (
+        ("sum", "def sum(a, b):\n    return a + b", "assert sum(2, 3) == 5"),
+        ("max", "def max(a):\n    best = a[0]\n    for n in a:\n"
+         "        best = n if n > best else best\n    return best",
+         "assert max([3, 9, 2]) == 9\nassert max([-1]) == -1"),
+        ("len", "def len(text):\n    return text.count('') - 1", "assert len('abc') == 3"),
+        ("filter", "def filter(a, low):\n    return [n for n in a if n >= low]",
+         "assert filter([1, 5, 3], 3) == [5, 3]"),
+        ("pow", "def pow(a, b):\n    return 1 if b == 0 else a * pow(a, b - 1)",
+         "assert pow(2, 10) == 1024"),
+        ("gcd", "def gcd(a, b):\n    while b:\n        a, b = b, a % b\n    return a",
+         "assert gcd(12, 18) == 6\nassert gcd(7, 5) == 1"),
+        ("product", "def product(numbers):\n    result = 1\n    for n in numbers:\n"
+         "        result *= n\n    return result", "assert product([2, 3, 4]) == 24"),
+        ("count", "def count(text, letter):\n    return text.count(letter)",
+         "assert count('banana', 'a') == 3"),
+        ("sqrt", "def sqrt(n):\n    return int(n ** 0.5)", "assert sqrt(17) == 4"),
+        ("permutations", "from itertools import permutations as of\n\ndef permutations(text):\n"
+         "    return sorted(''.join(p) for p in of(text))",
+         "assert permutations('ab') == ['ab', 'ba']")):
+    honest(f"the known name {name} asserted", code, [{"assert": test}])
+for name, code, body in (
+        ("max", "def max(a, b):\n    return a if a > b else b",
+         "assert candidate(2, 3) == 3\nassert candidate(5, -1) == 5"),
+        ("reversed", "def reversed(text):\n    return text[::-1]",
+         "assert candidate('abc') == 'cba'"),
+        ("chain", "def chain(*lists):\n    return [x for a in lists for x in a]",
+         "assert candidate([1], [2, 3]) == [1, 2, 3]"),
+        ("factorial", "def factorial(n):\n    return 1 if n < 2 else n * factorial(n - 1)",
+         "assert candidate(5) == 120\nassert candidate(0) == 1")):
+    honest(f"the known name {name} as a candidate", code, check(name, body))
+honest("an imported function as the whole solution", "from math import lcm",
+       [{"assert": "assert lcm(4, 6) == 12"}, *check("lcm", "assert candidate(6, 10) == 30")])
+honest("a calculator whose functions one test asserts", """
+    def add(a, b):
+        return a + b
+
+    def sub(a, b):
+        return a - b
+
+    def mul(a, b):
+        return a * b
+
+    def div(a, b):
+        return a / b if b else None
+    """, [{"assert": "assert add(2, 3) == 5\nassert sub(5, 3) == 2\nassert mul(4, 3) == 12\n"
+                     "assert div(1, 0) is None"},
+          {"assert": "assert add(1, 1) == 2 and sub(1, 1) == 0 and mul(1, 1) == 1"}])
+honest("imports of the setup used by the asserts", """
+    def letters(text):
+        return {c: text.count(c) for c in text}
+
+    def area(radius):
+        return 3.141592653589793 * radius ** 2
+    """, [{"setup": "from collections import Counter\nimport math",
+           "assert": "assert Counter(letters('abca')) == Counter('abca')"},
+          {"setup": "import math",
+           "assert": "assert math.isclose(area(2), 4 * math.pi)\nassert area(0) < math.inf"},
+          {"setup": "from math import pi, sqrt",
+           "assert": "assert abs(area(sqrt(2)) - 2 * pi) < 1e-9"}])
+honest("usual names in the asserts without imports", """
+    def shortest(graph, a, b):
+        costs, todo = {a: 0}, [a]
+        for node in todo:
+            for other in graph.get(node, []):
+                if other not in costs:
+                    costs[other] = costs[node] + 1
+                    todo.append(other)
+        return costs.get(b, float("inf"))
+    """, check("shortest", """
+        graph = defaultdict(list, {1: [2], 2: [3]})
+        assert candidate(dict(graph), 1, 3) == 2
+        assert candidate({}, 1, 2) == inf
+        assert Counter(candidate({}, n, n) for n in range(3)) == Counter({0: 3})
+        assert sqrt(candidate({1: [2]}, 1, 2)) == math.gcd(3, 4)
+        """))
+honest("asserts in helpers of the test", """
+    def is_prime(n):
+        return n > 1 and all(n % d for d in range(2, int(n ** 0.5) + 1))
+    """, [{"assert": "def expect(n, wanted):\n    assert is_prime(n) is wanted, n\n\n"
+                     "for n, wanted in [(2, True), (9, False), (1, False), (97, True)]:\n"
+                     "    expect(n, wanted)\n"},
+          {"assert": "def test_small():\n    assert [n for n in range(10) if is_prime(n)] == "
+                     "[2, 3, 5, 7]\n\ndef test_all():\n    test_small()\n\ntest_all()\n"}])
+honest("asserts in a class that the test runs", """
+    def add(a, b):
+        return a + b
+    """, [{"assert": dedent("""
+        class TestAdd:
+            cases = [(2, 3, 5), (-1, 1, 0)]
+
+            def __init__(self, function):
+                self.function = function
+
+            def test_cases(self):
+                for a, b, wanted in self.cases:
+                    assert self.function(a, b) == wanted
+
+            def test_text(self):
+                assert self.function("a", "b") == "ab"
+
+        tests = TestAdd(add)
+        for name in dir(tests):
+            if name.startswith("test_"):
+                getattr(tests, name)()
+        """)}])
+honest("a check with metadata and several parts", """
+    def clamp(x, low, high):
+        return min(max(x, low), high)
+    """, [{"assert": dedent("""
+        METADATA = {"author": "test", "dataset": "test"}
+
+        def check(candidate):
+            def part(inputs, wanted):
+                assert candidate(*inputs) == wanted, f"{inputs}"
+            part((5, 0, 3), 3)
+            part((-5, 0, 3), 0)
+            assert all(candidate(x, 0, 9) == x for x in range(10))
+            assert list(map(lambda x: candidate(x, 1, 2), [0, 1, 2, 3])) == [1, 1, 2, 2]
+
+        def test_check():
+            check(clamp)
+
+        test_check()
+        """)}])
+honest("exceptions asserted with else and finally", """
+    def divide(a, b):
+        if not isinstance(b, int):
+            raise TypeError("no int")
+        if b == 0:
+            raise ZeroDivisionError("by zero")
+        return a // b
+    """, check("divide", """
+        for wrong, kind in ((0, ZeroDivisionError), ("1", TypeError)):
+            try:
+                candidate(1, wrong)
+            except kind as error:
+                assert str(error) in ("by zero", "no int")
+            else:
+                assert False, "no exception"
+        done = []
+        try:
+            assert candidate(7, 2) == 3
+        finally:
+            done.append(1)
+        assert done == [1]
+        """))
+honest("an exception that a test turns into a flag", """
+    def parse(text):
+        if not text.strip():
+            raise ValueError
+        return int(text)
+    """, [{"assert": "raised = False\ntry:\n    parse(' ')\nexcept ValueError:\n    raised = True\n"
+                     "assert raised\nassert parse(' 7 ') == 7"}])
 
 # -------------------------------------------------------------------------------------------- wrong
 
@@ -2790,8 +3524,6 @@ wrong("big ints of a call that differ in the last digit", "def f():\n    return 
       call("f", ((), 10 ** 30)), "^wrong answer on test 1$")
 wrong("a decimal where an int is expected", "print(1.0)", stdin(("", "1")), "^wrong answer")
 wrong("a decimal beyond the tolerance", "print(1.00001)", stdin(("", "1.0")), "^wrong answer")
-wrong("a float where an int is expected in a call", "def f():\n    return 1.0",
-      call("f", ((), 1)), "^wrong answer")
 wrong("lines in another order", "print(2)\nprint(1)", stdin(("", "1\n2\n")), "^wrong answer")
 wrong("a missing line", "print(1)", stdin(("", "1\n2\n")), "^wrong answer")
 wrong("an extra line", "print(1)\nprint(2)\nprint(3)", stdin(("", "1\n2\n")), "^wrong answer")
@@ -2833,3 +3565,89 @@ wrong("an assert about something else", "def add(a, b):\n    return a + b",
       "^wrong answer on test 2$")
 wrong("a tuple that an assert wants as a list", "def f():\n    return (1, 2)",
       check("f", "assert candidate() == [1, 2]"), "^wrong answer")
+ADD = "def add(a, b):\n    return a + b"
+for name, test in {
+        "nothing": "", "blanks": "\n  \n", "a comment": "# assert add(2, 3) == 5\n",
+        "pass": "pass", "a text": '"""assert add(2, 3) == 5"""', "an import": "import math\n",
+        "a call": "add(2, 3)", "a comparison": "add(2, 3) == 5", "a print": "print(add(2, 3) == 5)",
+        "an assignment": "result = add(2, 3)\nexpected = 5\n",
+        "a check that is never called": "def check(candidate):\n    assert candidate(2, 3) == 5\n",
+        "a function that is never called": "def test_add():\n    assert add(2, 3) == 5\n",
+        "a lambda that is never called": "test = lambda: add(2, 3) == 5\n",
+        "a coroutine that is never run": "async def test_add():\n    assert add(2, 3) == 5\n",
+        "a class that is never used":
+            "class TestAdd:\n    def test_add(self):\n        assert add(2, 3) == 5\n",
+        "a test case that is never run":
+            "import unittest\n\nclass TestAdd(unittest.TestCase):\n    def test_add(self):\n"
+            "        assert add(2, 3) == 5\n        self.assertEqual(add(1, 1), 2)\n",
+        "asserts of a main block": 'if __name__ == "__main__":\n    assert add(2, 3) == 5\n',
+        "a check of a main block": "def check(candidate):\n    assert candidate(2, 3) == 5\n\n"
+                                   "if __name__ == '__main__':\n    check(add)\n",
+        "asserts of a branch never taken": "DEBUG = False\nif DEBUG:\n    assert add(2, 3) == 5\n",
+        "a loop over no cases":
+            "cases = []\nfor a, b, wanted in cases:\n    assert add(a, b) == wanted\n",
+        "constants": "assert 1 == 1", "constants with names": "a, b = 2, 3\nassert a + b == 5",
+        "a built-in function": "assert sum([2, 3]) == 5",
+        "a function of its own": "def add(a, b):\n    return a + b\n\nassert add(2, 3) == 5\n",
+}.items():
+    wrong(f"a test of {name}", ADD, [{"assert": test}], "^no test")
+wrong("a candidate that the setup defines", ADD,
+      [dict(SUM["assert"][0], setup="def add(a, b):\n    return a + b\n")], "^no test")
+wrong("a candidate that the setup imports", ADD,
+      [{"setup": "from operator import add", "assert": "assert add(2, 3) == 5"}], "^no test")
+for wanted, got in (("0.3333", "0.33343"), ("1.0", "1.0001"), ("0.0", "0.0001"),
+                    ("1000.0", "1000.1"), ("1e-3", "0.0011"), ("2.5", "-2.5"), ("0.5", "1 / 0.5"),
+                    ("1e20", "10 ** 20 + 10 ** 16"), ("1.5", "'1,5'"), ("1.5", "'1.5.0'")):
+    wrong(f"{got} where {wanted} is expected", f"print({got})", stdin(("", wanted)),
+          "^wrong answer on test 1$")
+wrong("ints of 5,001 digits that differ in the last", "print(10 ** 5000 + 1)",
+      stdin(("", "1" + "0" * 5000)), "^wrong answer on test 1$")
+for wanted in (".", "..#.", ". # .", "-", "+.", "...\n.#.\n...", "e", "-e", "1.2.3"):
+    wrong(f"numbers where {wanted!r} is expected",
+          f"print({wanted.translate(str.maketrans('.-e', '010'))!r})", stdin(("", wanted)),
+          "^wrong answer on test 1$")
+wrong("a point where a number is expected", "print('.')", stdin(("", "0.5")), "^wrong answer")
+wrong("ten thousand digits and a letter where a decimal is expected", "print('1' * 10_000 + 'a')",
+      stdin(("", "0.5")), "^wrong answer on test 1$")
+wrong("ten thousand digits where a decimal is expected", "print('1' * 10_000)",
+      stdin(("", "0.5")), "^wrong answer on test 1$")
+wrong("a real-time signal after the right output",
+      "import os\nprint(5, flush=True)\nos.kill(os.getpid(), 40)", SUM["stdin"][:1],
+      "^runtime error")
+wrong("a real-time signal in a call",
+      "import os\ndef add(a, b):\n    os.kill(os.getpid(), 40)\n    return a + b", SUM["call"],
+      "^runtime error")
+for name, value, wanted in (
+        ("1.5 where 1 is expected", "1.5", 1), ("1 where 1.5 is expected", "1", 1.5),
+        ("a decimal off by 1e-4", "0.3334", 0.3333), ("True where 1.0 is expected", "True", 1.0),
+        ("1.0 where True is expected", "1.0", True), ("'2.0' where 2 is expected", "'2.0'", 2),
+        ("2 where '2' is expected, in a list", "[2]", ["2"]), ("a NaN", "float('nan')", 0.5),
+        ("an infinity", "float('inf')", 1.5), ("a frozen set for a list", "frozenset([1])", [1]),
+        ("a dict for a list", "{0: 1}", [1]), ("a text for a list", "'ab'", ["a", "b"]),
+        ("None in a list", "[None]", [0]),
+        ("a large int where a float is expected", "10 ** 400", 1.5),
+        ("5,001 digits that differ in the last", "10 ** 5000 + 1", 10 ** 5000),
+        ("ints for keys with another value", "{1: 2, 2: 2}", {"1": 2, "2": 3}),
+        ("ints for keys with one too many", "{1: 2, 2: 3}", {"1": 2}),
+        ("other ints for keys", "{2: 2}", {"1": 2})):
+    wrong(f"{name} returned", f"def f():\n    return {value}", call("f", ((), wanted)),
+          "^wrong answer on test 1$")
+for name, value, wanted in (
+        ("a Decimal beyond a double", "Decimal('1e400')", 1.5),
+        ("a negative Decimal beyond a double", "[Decimal('-1e999999')]", [1.5]),
+        ("a Decimal that is no number", "Decimal('NaN')", 1.5),
+        ("an infinite Decimal", "Decimal('Infinity')", 1e308),
+        ("a Fraction beyond a double", "Fraction(10 ** 400, 3)", 0.0),
+        ("a Fraction for another", "Fraction(1, 3)", 0.3334),
+        ("a Decimal for another", "{'a': Decimal('0.31')}", {"a": 0.3}),
+        ("a tuple for a key", "{(1, 2): 3}", {"(1, 2)": 3}),
+        ("a tuple for a key, nested", "[{(): 1}]", [{"a": 1}]),
+        ("a frozen set for a key", "{frozenset([1]): 1}", {"a": 1})):
+    wrong(f"{name} returned", "from decimal import Decimal\nfrom fractions import Fraction\n\n"
+          f"def f():\n    return {value}", call("f", ((), wanted)), "^(wrong answer|runtime error)")
+for name, value in (("an instance", "Node()"), ("a class", "Node"), ("a closure", "lambda: x"),
+                    ("a module", "sys")):
+    for form, tests in (("call", call("f", ((5,), 5))),
+                        ("assert", check("f", "assert candidate(5) == 5"))):
+        wrong(f"{name} returned ({form})", "import sys\n\nclass Node:\n    value = 5\n\n"
+              f"def f(x):\n    return {value}", tests, "^runtime error")

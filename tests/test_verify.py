@@ -18,6 +18,7 @@ import verify
 from conftest import (ROOT, descendants, end_within, run_script, run_unread,
                       shared_file)
 from math_pairs import CHOICES, EXTRACTIONS, PAIRS
+from responses import RESPONSES
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="programs are judged on Linux only")
 
@@ -190,32 +191,50 @@ def test_the_chosen_letter_is_found():
 
 @linux
 def test_the_last_code_block_of_the_solution_is_the_program():
-    first, second = "```python\nprint(1)\n```", "```\nprint(2)\n```"
+    first, second = "```python\nprint(1)\n```", "```python\nprint(2)\n```"
     tests = [{"input": "", "output": "2"}]
     assert verify.verify_code(f"{first}\nNo:\n{second}\nDone.", tests).passed
     thought = f"{verify.TAGS[2]}\n{second}\n{verify.TAGS[3]}"
     assert verify.verify_code(f"{first}\n{thought}", tests).passed
     assert not verify.verify_code(f"{second}\n{first}", tests).passed
     assert verify.verify_code("print(2)", tests).reason == "no answer"
-    assert verify.verify_code("```cpp\nint main() {}\n```", tests).reason == "syntax error"
+    assert not verify.verify_code("```cpp\nint main() {}\n```", tests).passed
+
+
+@linux
+@pytest.mark.parametrize("text, tests, passes", [
+    pytest.param(*rest, id=name) for name, *rest in RESPONSES])
+def test_the_program_is_found_as_models_write_it(text, tests, passes):
+    verdict = verify.verify_code(text, tests)
+    assert verdict.passed is passes, (verdict.reason, verdict.extracted)
+
+
+def test_the_names_of_the_responses_differ():
+    names = [name for name, *_ in RESPONSES]
+    assert sorted(set(names)) == sorted(names)
 
 
 @pytest.mark.parametrize("expected, got, same", [
     ("1 2\n3", "1 2\n3\n", True), ("1 2\n3", "1  2 \n3\n\n", True), ("1 2", "2 1", False),
     ("1\n2", "1 2", False), ("1 1", "1", False), ("0.5", "0.5000000001", True),
-    ("0.5", "0.500001", False), ("1", "1.0", False), ("2.0", "2", True),
+    ("0.5", "0.5000009", True), ("0.5", "0.50001", False), ("1", "1.0", False), ("2.0", "2", True),
+    ("1000000.5", "1000000.9", True), ("1e-9", "0", True), (".", "0", False), ("..#.", "1", False),
     ("12345678901234567890", "12345678901234567891", False), ("1.5", "nan", False),
-    ("yes", "YES", False), ("1e3", "1000", True), ("1.0", "１.0", False), ("1", "1\0", False)])
+    ("yes", "YES", False), ("1e3", "1000", True), ("1.0", "１.0", False), ("1", "1\0", False),
+    pytest.param("0.5", "1" * 10_000 + "a", False, id="digits and a letter"),
+    pytest.param("1" + "0" * 5000, "1" + "0" * 4999 + "1", False, id="5,001 digits")])
 def test_output_is_compared_line_by_line_and_word_by_word(expected, got, same):
     assert verify.same_output(expected.encode(), got.encode()) is same
 
 
 @pytest.mark.parametrize("expected, got, same", [
-    ([1, 2], (1, 2), True), (1, True, False), (True, True, True), (1.0, 1, True), (1, 1.0, False),
-    (0.1, 0.1 + 1e-12, True), ("1", 1, False), ([[1], []], [(1,), ()], True), (None, 0, False),
+    ([1, 2], (1, 2), True), (1, True, False), (True, True, True), (1.0, 1, True), (1, 1.0, True),
+    (1, 1.5, False), (0.1, 0.1 + 5e-7, True), (0.1, 0.1001, False), ("1", 1, False),
+    ([[1], []], [(1,), ()], True), (None, 0, False), ([1], {1}, False),
     ({"a": [1]}, {"a": (1,)}, True), ([1, 2], [2, 1], False), ({1, 2}, {2, 1}, True),
-    ({1, 2}, {1, 3}, False), ({"a": 1}, {"a": 1, "b": 2}, False), ({"1": 1}, {1: 1}, False),
-    (2**70, 2**70 + 1, False)])
+    ({1, 2}, {1, 3}, False), ({"a": 1}, {"a": 1, "b": 2}, False), ({"1": 1}, {1: 1}, True),
+    ({"1": 1}, {2: 1}, False), ({"true": [1]}, {True: (1,)}, True),
+    ({"a": 1}, {(1, 2): 1}, False), (2**70, 2**70 + 1, False)])
 def test_returned_values_are_compared_with_their_types(expected, got, same):
     assert verify.same_result(expected, verify.encode(got)) is same
 

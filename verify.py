@@ -13,13 +13,16 @@ mpmath, for answers with roots, logarithms and angles, comes with torch's sympy.
 Linux on x86_64 or aarch64.
 """
 import argparse
+import ast
 import atexit
 import builtins
 import collections
-import concurrent.futures
 import ctypes
+import datetime
+import decimal
 import errno
 import fcntl
+import functools
 import gc
 import hashlib
 import importlib
@@ -28,13 +31,16 @@ import itertools
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
+import pkgutil
 import random
 import re
 import resource
 import select
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -43,8 +49,10 @@ import textwrap
 import threading
 import time
 import unicodedata
-from dataclasses import dataclass
+import warnings
+import zoneinfo
 from fractions import Fraction
+from typing import NamedTuple
 
 MATH_TIMEOUT = 5     # seconds; a worker that takes longer is killed
 MAX_LENGTH = 4000    # characters of an answer that is parsed; a longer one is compared as text
@@ -62,8 +70,7 @@ class TooBig(Exception):
     """Beyond what is worked out in this process, or at all."""
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """passed; reason, `correct` or what went wrong; extracted, the answer or program judged."""
     passed: bool
     reason: str
@@ -127,37 +134,32 @@ TOKEN = re.compile(r"\s+|⟪[^⟫]*⟫|\d+(?:\.\d+)?[eE][+-]?\d+(?![A-Za-z])|\d+
 
 TEST_FORMS = ({"input": str, "output": str}, {"assert": str},
               {"fn_name": str, "args": list, "expected": object})
-LAYERS = ("seccomp", "landlock", "namespaces", "limits", "uid")
+PYTHON = ("python", "py", "python3")  # labels of a program
+FENCE = re.compile(r"(?<![`~])(`{3,}+|~{3,}+)[ \t]*+([\w+#.{}-]*+)([^`~]*+)$")
+DECIMAL = re.compile(
+    rb"[+-]?(?:[0-9]++\.[0-9]*+|\.[0-9]++|[0-9]++(?=[eE]))(?:[eE][+-]?[0-9]++)?+")
+SIGNED = re.compile(rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?+|\.[0-9]++)(?:[eE][+-]?[0-9]++)?+")
+GRADER_ERROR = "grader error"
+WORKER_MEMORY = 2 << 30
 DEFAULT_MEMORY = 1 << 31
-SIMPLE = ("None", "bool", "int", "float", "str", "bytes")  # kinds of values without parts
 MAX_RESULT = 16 << 20  # bytes of a returned value's form
 MAX_OUTPUT = 64 << 20  # bytes that a program may print
+MAX_YIELDED = 100_000  # values of an iterator
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-TESTED = {}            # containment by layers left out
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+SANDBOX = None         # of this process
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_GET_SECCOMP, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = (
+    1, 4, 21, 22, 38)
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = 0x20000, 0x8000000, 0x10000000, 0x40000000
 libc = ctypes.CDLL(None, use_errno=True)
-FENCE = re.compile(r"^[ \t]*(```+|~~~+)[^\n`]*\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE)
-DECIMAL = re.compile(rb"[+-]?(?=[0-9.])[0-9]*(?:\.[0-9]*(?:[eE][+-]?[0-9]+)?|[eE][+-]?[0-9]+)")
-SIGNED = re.compile(rb"[+-]?(?=\.?[0-9])[0-9]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?")
-# What a program finds imported before its process loses the right to open files.
-PRELOADED = [*sorted(sys.stdlib_module_names - set(
-    "__main__ antigravity idlelib lib2to3 this tkinter turtle turtledemo".split())),
-    *"""collections.abc concurrent.futures.thread encodings.ascii encodings.cp1252 encodings.idna
-    encodings.latin_1 encodings.utf_8 encodings.utf_8_sig encodings.utf_16 encodings.utf_32
-    importlib.util json.tool logging.handlers os.path unittest.mock urllib.parse urllib.request
-    xml.etree.ElementTree numpy numpy.random numpy.linalg numpy.fft numpy.polynomial
-    numpy.ma""".split()]
-USUAL_NAMES = """
-import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys
-from bisect import bisect_left, bisect_right, insort
-from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from functools import cache, cmp_to_key, lru_cache, reduce
-from heapq import heapify, heappop, heappush, nlargest, nsmallest
-from itertools import accumulate, chain, combinations, count, groupby, permutations, product
-from math import ceil, comb, factorial, floor, gcd, inf, isqrt, log2, sqrt
-from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Set, Tuple, Union
-"""
+NOT_PRELOADED = re.compile(r"(?:antigravity|distutils|idlelib|lib2to3|this|turtledemo|test)\b"
+                           r"|.*(?:__main__|\.tests?\b)")
+NUMPY_MODULES = ("numpy", "numpy.random", "numpy.linalg", "numpy.fft", "numpy.polynomial",
+                 "numpy.ma")
+# What a test under `assert` finds without an import, and what a call test does, as in
+# LiveCodeBench's runner (lcb_runner/evaluation/testing_util.py): all names of these modules.
+USUAL_MODULES = "bisect collections functools heapq itertools math typing".split()
+CONTEST_MODULES = ("string re datetime collections heapq bisect copy math random statistics "
+                   "itertools functools operator io sys json typing").split()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1319,138 +1321,29 @@ def compare(predicted, gold, effort):
         raise TooBig from None
 
 
-# ---------------------------------------------------------------------------------------------
-# Maths: worker processes, which can be killed
-
-
-class MathWorker:
-    """This file as a process that compares answers, one JSON line each way. A time limit by
-    signal would work in the main thread only, and not within a C function."""
-
-    def __init__(self):
-        self.process = subprocess.Popen([sys.executable, __file__, "--math-worker"],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        if self.reply(60) != b"ready":
-            self.process.kill()
-            raise RuntimeError("the process that compares answers does not start")
-
-    def ask(self, predicted, gold, timeout):
-        """True, False, or None when it had to be killed."""
-        line = json.dumps([predicted, gold]).encode() + b"\n"
-        try:
-            self.process.stdin.write(line)
-            self.process.stdin.flush()
-        except OSError:
-            return None
-        return {b"1": True, b"0": False}.get(self.reply(timeout))
-
-    def reply(self, timeout):
-        poll, deadline, line = select.poll(), time.monotonic() + timeout, b""
-        poll.register(self.process.stdout, select.POLLIN)
-        while not line.endswith(b"\n"):
-            if not poll.poll(max(0, deadline - time.monotonic()) * 1000):
-                return None
-            part = os.read(self.process.stdout.fileno(), 100)
-            if not part:
-                return None
-            line += part
-        return line.strip()
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
-
-
-class Pool:
-    """Idle helper processes, shared by the threads of this process and by it alone: after a fork
-    the child starts its own."""
-
-    def __init__(self):
-        self.idle, self.lock = {}, threading.Lock()
-        os.register_at_fork(after_in_child=self.forget)
-        atexit.register(self.close)
-
-    def forget(self):
-        self.idle, self.lock = {}, threading.Lock()
-
-    def take(self, key, make):
-        with self.lock:
-            if self.idle.get(key):
-                return self.idle[key].pop()
-        return make()
-
-    def give_back(self, key, helper):
-        with self.lock:
-            self.idle.setdefault(key, []).append(helper)
-
-    def close(self):
-        with self.lock:
-            helpers, self.idle = [h for group in self.idle.values() for h in group], {}
-        for helper in helpers:
-            helper.close()
-
-
-POOL = Pool()
-
-
-def math_worker():
-    """The process behind MathWorker."""
-    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-    sys.setrecursionlimit(5000)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def equal(predicted, gold):
+    """`compare` in a process that may be killed. What a hostile formula provokes in the arithmetic
+    is no equality."""
     try:
-        import mpmath  # noqa: F401
-    except ImportError:
-        print("verify.py: mpmath is not installed (it comes with sympy): answers with roots, "
-              "logarithms and angles are compared as text", file=sys.stderr)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        signal.alarm(2 * MATH_TIMEOUT)  # the kernel's: whoever asked and would kill it may be gone
-        try:
-            equal = compare(*json.loads(line), ELSEWHERE)
-        except Exception:  # whatever a hostile formula provokes in the arithmetic: not equal
-            equal = False
-        signal.alarm(0)
-        print(int(equal), flush=True)
-
-
-def math_verdict(predicted, gold):
-    """True, False, or None: not decided within MATH_TIMEOUT seconds."""
-    try:
-        return compare(predicted, gold, HERE)
-    except TooBig:
-        pass
-    except (ArithmeticError, ValueError):
+        return compare(predicted, gold, ELSEWHERE)
+    except (ArithmeticError, ValueError, TooBig):
         return False
-    worker = POOL.take("maths", MathWorker)
-    verdict = worker.ask(predicted, gold, MATH_TIMEOUT)
-    if verdict is None:
-        worker.close()
-    else:
-        POOL.give_back("maths", worker)
-    return verdict
 
 
-def math_equal(predicted, gold):
-    """Whether two answers are the same: bare LaTeX or text, or with a box around it. False where
-    that cannot be decided within MATH_TIMEOUT seconds."""
-    return math_verdict(predicted, gold) is True
+def equality_verdict(predicted, gold):
+    return Verdict(equal(predicted, gold), "compared")
 
 
-def verify_math(response, gold):
-    """The verdict on a response's answer. A mere last number answers only a question whose gold
-    answer is a number."""
+def math_verdict(response, gold):
+    """The verdict on a response's answer, see `verify_math`."""
     letter = sole_letter(gold)
     extracted, how = find_answer(response)
     if letter and how != "box" and (found := find_letter(response)):
         extracted, how = found, "phrase"
     if extracted is None or how == "number" and not is_number(gold):
         return Verdict(False, "no answer", None)
-    verdict = math_verdict(extracted, gold)
-    reason = {True: "correct", False: "wrong answer", None: "timeout"}[verdict]
-    return Verdict(verdict is True, reason, extracted)
+    passed = equal(extracted, gold)
+    return Verdict(passed, "correct" if passed else "wrong answer", extracted)
 
 
 def is_number(gold):
@@ -1492,7 +1385,7 @@ def find_letter(response):
     return None
 
 
-def verify_choice(response, gold):
+def choice_verdict(response, gold):
     """The verdict on the letter that a response chooses."""
     letter = find_letter(response)
     if letter is None:
@@ -1503,114 +1396,96 @@ def verify_choice(response, gold):
 
 
 # ---------------------------------------------------------------------------------------------
-# Programs: what comes out of the sandbox
+# Programs: which text of a response is the program
 
 
-def to_bytes(text):
-    return text.encode("utf-8", "surrogatepass")
+def find_program(response):
+    """The program of the solution section, if that has blocks, or else of the response; or None:
+    the last block labelled Python, else the last without a label that is Python and no mere
+    output, else the last of all. One line or a doctest does not replace what is longer."""
+    solution = response.rpartition(TAGS[2])[2].partition(TAGS[3])[0]
+    blocks = fenced_blocks(solution) or fenced_blocks(response)
+    ranks = []
+    for number, (label, text) in enumerate(blocks):
+        longer = "\n" in text.strip() and not text.lstrip().startswith(">>>")
+        program = label in PYTHON or label == "" and does_something(text)
+        ranks.append((program and longer, label in PYTHON, program, number))
+    return blocks[max(ranks)[-1]][1] if blocks else None
 
 
-FORMS = {bool: bool, int: hex, float: float.hex, bytes: bytes.hex,
-         str: lambda text: to_bytes(text).hex()}
+def fenced_blocks(text):
+    """(label, content) of the fenced blocks, as models write them: a fence may open behind words,
+    close with a tag or a full stop behind it, or never close. In time linear in the text."""
+    blocks, fence = [], None
+    for line in text.replace("\r\n", "\n").split("\n"):
+        opening = FENCE.search(line)
+        label = opening and opening[2].strip("{}.").lower()
+        if fence and line.strip().startswith(fence):
+            fence = None
+            if label not in PYTHON:
+                continue
+        if fence:
+            blocks[-1][1].append(line)
+        elif opening and not (opening[3].strip() and line[:opening.start()].strip()):
+            fence = opening[1]
+            blocks.append((label, []))
+    return [(label, textwrap.dedent("\n".join(lines))) for label, lines in blocks]
 
 
-def encode(value, depth=0):
-    """A Python value as JSON with the type of every part; numpy's become plain ones. What has no
-    such form is ["object", its type's name]."""
-    if depth > 200:
-        raise RecursionError("a value nested too deeply")
-    if type(value).__module__.split(".")[0] == "numpy":
-        value = value.tolist() if hasattr(value, "tolist") else value
-    for kind, form in FORMS.items():
-        if isinstance(value, kind):
-            return [kind.__name__, form(value)]
-    if value is None:
-        return ["None"]
-    if isinstance(value, complex):
-        return ["complex", value.real.hex(), value.imag.hex()]
-    for kind in (list, tuple, set, frozenset):
-        if isinstance(value, kind):
-            return [kind.__name__, [encode(item, depth + 1) for item in kind.__iter__(value)]]
-    if isinstance(value, dict):
-        return ["dict", [[encode(k, depth + 1), encode(v, depth + 1)]
-                         for k, v in dict.items(value)]]
-    return ["object", type(value).__name__]
+def does_something(text):
+    """Whether it is Python with more in it than values, which may be output."""
+    tree = syntax_tree(text)
+    return tree is not None and any(
+        not isinstance(node, ast.Expr) or isinstance(node.value, ast.Call) for node in tree.body)
 
 
-class Foreign:
-    """A value that has no form as data: a test that compares it, or asks for its truth, fails."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def __eq__(self, other):
-        raise TypeError(f"a value of type {self.name} does not leave its process")
-
-    def __bool__(self):
-        return self == True  # noqa: E712
-
-
-def decode(form):
-    """encode's inverse: exact built-in types only, whatever the sender was. Raises ValueError."""
+def syntax_tree(source):
+    """The tree of a Python text, or None where it is none."""
     try:
-        kind, *rest = form
-        if kind in ("list", "tuple", "set", "frozenset"):
-            return getattr(builtins, kind)([decode(item) for item in rest[0]])
-        if kind == "dict":
-            return {decode(key): decode(value) for key, value in rest[0]}
-        return {"None": lambda: None, "bool": lambda b: bool(b), "int": lambda h: int(h, 16),
-                "float": float.fromhex, "bytes": bytes.fromhex,
-                "str": lambda h: bytes.fromhex(h).decode("utf-8", "surrogatepass"),
-                "complex": lambda a, b: complex(float.fromhex(a), float.fromhex(b)),
-                "object": Foreign}[kind](*rest)
-    except (TypeError, KeyError, AttributeError, RecursionError, IndexError) as error:
-        raise ValueError("a damaged message") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
 
 
-def same_result(expected, form):
-    """Whether an encoded value is the expected one: types count, but a tuple is a list, and a whole
-    number will do for a float. The form is read along what is expected and nothing is built from
-    it, as it may be made to cost: numbers of one hash, a million parts. Raises ValueError for what
-    encode cannot have written."""
-    try:
-        kind, *rest = form
-        if expected is None:
-            return kind == "None"
-        if isinstance(expected, float):
-            return kind in ("int", "float") and close(expected, decode(form))
-        if isinstance(expected, (list, tuple)):
-            return kind in ("list", "tuple") and len(rest[0]) == len(expected) and all(
-                map(same_result, expected, rest[0]))
-        if isinstance(expected, dict):
-            return kind == "dict" and same_members(expected, [key for key, _ in rest[0]]) and all(
-                same_result(expected[decode(key)], value) for key, value in rest[0])
-        if isinstance(expected, (set, frozenset)):
-            return kind == type(expected).__name__ and same_members(expected, rest[0])
-        return kind == type(expected).__name__ and decode(form) == expected
-    except (TypeError, IndexError, RecursionError) as error:
-        raise ValueError("a damaged message") from error
+# ---------------------------------------------------------------------------------------------
+# Programs: tests, and whether a result is the expected one
 
 
-def same_members(expected, forms):
-    """Whether simple values, as forms, are the members of a set or the keys of a dict."""
-    if len(forms) != len(expected) or any(form[0] not in SIMPLE for form in forms):
-        return False
-    found = {value for value in map(decode, forms) if value in expected}
-    return len(found) == len(expected) and {type(value) for value in found} == {
-        type(value) for value in expected}
+def is_test(test):
+    return (isinstance(test, dict) and isinstance(test.get("setup", ""), str)
+            and any(all(name in test and isinstance(test[name], kind)
+                        for name, kind in form.items()) for form in TEST_FORMS))
 
 
-def close(expected, got):
-    try:
-        return expected == got or (math.isfinite(expected) and abs(expected - got)
-                                   <= 1e-9 * max(abs(expected), abs(got)))
-    except OverflowError:
-        return False
+def can_fail(test):
+    """Whether a test says anything: in one under `assert` there must be an assert that is run."""
+    if "assert" not in test:
+        return True
+    tree = syntax_tree(test["assert"])
+    return tree is not None and any(
+        isinstance(node, (ast.Assert, ast.Raise)) or
+        getattr(node, "id", getattr(node, "attr", "")).startswith("assert")
+        for node in nodes_run(tree))
+
+
+def nodes_run(tree):
+    """The nodes of a test that are run: not those of functions and classes that nothing names, nor
+    what is there for a script's start."""
+    defined = {node.name: node for node in tree.body if hasattr(node, "name")}
+    waiting = [node for node in tree.body if not hasattr(node, "name") and not (
+        isinstance(node, ast.If) and "'__name__'" in ast.dump(node.test))]
+    while waiting:
+        for node in ast.walk(waiting.pop()):
+            yield node
+            if getattr(node, "id", None) in defined:
+                waiting.append(defined.pop(node.id))
 
 
 def same_output(expected, got):
-    """Whether printed text is the expected one: line by line and word by word; a decimal may
-    differ in the ninth digit, a whole number in none. Both are bytes."""
+    """Whether printed bytes are the expected ones: line by line and word by word, and where a
+    decimal is expected a number close to it."""
     expected, got = expected.strip(), got.strip()
     return expected.count(b"\n") == got.count(b"\n") and all(
         map(same_line, expected.split(b"\n"), got.split(b"\n")))
@@ -1624,124 +1499,88 @@ def same_line(expected, got):
         and close(float(a), float(b)) for a, b in zip(expected, got, strict=True))
 
 
+def same_result(expected, got):
+    """Whether a returned value is the expected one, both as JSON has them: a tuple is a list, keys
+    are texts, 2.0 is 2 but True is not 1, and floats are close."""
+    if isinstance(expected, dict):
+        return isinstance(got, dict) and expected.keys() == got.keys() and all(
+            same_result(value, got[key]) for key, value in expected.items())
+    if isinstance(expected, list):
+        return isinstance(got, list) and len(expected) == len(got) and all(
+            map(same_result, expected, got))
+    if type(expected) is float and type(got) in (int, float):
+        return close(expected, got)
+    numbers = {type(expected), type(got)} <= {int, float}
+    return (numbers or type(expected) is type(got)) and expected == got
+
+
+def close(expected, got):
+    """Whether a number is the expected decimal, as contests have it."""
+    try:
+        return expected == got or math.isfinite(expected) and (
+            abs(expected - got) <= 1e-6 * max(1, abs(expected)))
+    except OverflowError:  # an int beyond all floats
+        return False
+
+
 # ---------------------------------------------------------------------------------------------
 # Programs: the sandbox, from the outside
 
 
 class Sandbox:
-    """A zygote: one clean process with the usual modules imported, which forks a confined child
+    """A zygote: one clean process with the standard library imported, which forks a confined child
     for every test. What is expected of a program never gets there."""
 
-    def __init__(self, without=()):
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # the limit of the stack takes effect at an exec: one process sets it, and becomes the other
-        start = ("import os, resource, sys\n"
-                 "most = resource.getrlimit(resource.RLIMIT_STACK)[1]\n"
-                 "stack = 1 << 29 if most < 0 else min(1 << 29, most)\n"
-                 "resource.setrlimit(resource.RLIMIT_STACK, (stack, most))\n"
-                 "os.execv(sys.executable, [sys.executable, '-I', *sys.argv[1:]])\n")
+    def __init__(self, file=__file__):
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
-                       "MKL_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-        if "LD_LIBRARY_PATH" in os.environ:  # some builds of Python do not start without
-            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+                       "MKL_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",
+                       # some builds of Python do not start without
+                       "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
+        set_limit(resource.RLIMIT_STACK, 1 << 29)  # for deep recursion: it takes effect at an exec
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-c", start, __file__, "--zygote", str(theirs.fileno()),
-             *without], env=environment, cwd="/", stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+            [sys.executable, "-I", file, "--zygote", str(theirs.fileno())], env=environment,
+            cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()])
         theirs.close()
-        self.socket = ours
-        ours.settimeout(120)
-        try:
-            self.layers = json.loads(ours.recv(10000))
-        except (OSError, ValueError) as error:
-            self.close()
-            raise RuntimeError("the process that runs programs does not start") from error
+        self.layers = json.loads(self.socket.recv(1000))
+        codes, output, _ = self.run("main", ["", PROBE], str(os.getpid()).encode())
+        self.holes = output.decode().split() if codes == [0] else [f"end with {codes}"]
 
-    def run(self, mode, source, data, timeout, memory, judge=None):
-        """One confined process; (status, CPU seconds, output, result) as the kernel tells them:
-        status "exit CODE", "signal NUMBER", "timeout" or "wall", and what it wrote. mode is "main",
-        "call" or "serve"; with a judge's source, a second process runs that, and the first one
-        answers its calls: the status and the result are then the judge's."""
-        files = [memory_file("source", source), memory_file("input", data),
-                 memory_file("output"), memory_file("result")]
-        if judge is not None:
-            files.append(memory_file("judge", judge))
+    def run(self, mode, source, given, timeout=10, memory=DEFAULT_MEMORY):
+        """Run a program, [setup, code]. mode "main": given is its input; "call": the call; "serve":
+        the judge's source, which runs beside it. Returns the exit codes of both (None: too late);
+        what was printed, in mode "serve" by the judge; and what the program reported."""
+        request = {"mode": mode, "timeout": timeout, "memory": memory}
+        files = [memory_file(json.dumps(source).encode()), memory_file(given),
+                 memory_file(), memory_file()]
         try:
-            request = json.dumps({"mode": mode, "timeout": timeout, "memory": memory})
-            socket.send_fds(self.socket, [request.encode()], files)
-            self.socket.settimeout(3 * timeout + 30)
-            reply = self.socket.recv(10000)
-            if not reply:
-                raise OSError("it ended")
-            status, seconds = json.loads(reply)
-            return status, seconds, read_all(files[2]), read_all(files[3])
-        except (OSError, ValueError) as error:
-            self.close()
-            raise SandboxFailure(str(error)) from error
+            socket.send_fds(self.socket, [json.dumps(request).encode()], files)
+            codes = json.loads(self.socket.recv(10000))
+            return codes, *(os.pread(file, MAX_OUTPUT, 0) for file in files[2:])
         finally:
             for file in files:
                 os.close(file)
 
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        self.socket.close()
 
-
-class SandboxFailure(Exception):
-    """The zygote is gone: the test is judged as failed, and the next one gets another."""
-
-
-def write_all(file, content):
-    view = memoryview(content)
-    while view:
-        view = view[os.write(file, view):]
-
-
-def memory_file(name, content=None):
-    """A file without a name; one with content is sealed against change."""
-    file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    if content is not None:
-        write_all(file, content)
-        os.lseek(file, 0, os.SEEK_SET)
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW
-                    | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+def memory_file(content=b""):
+    """A file without a name."""
+    file = os.memfd_create("sky-t1")
+    put(file, content)
+    os.lseek(file, 0, os.SEEK_SET)
     return file
 
 
-def read_all(file):
-    return os.pread(file, min(os.fstat(file).st_size, MAX_OUTPUT), 0)
+def put(file, content):
+    with open(file, "wb", closefd=False) as out:
+        out.write(content)
 
 
-def containment(without=()):
-    """What holds a program on this machine, tried out: {"active" and "missing": layers, "allowed":
-    what a test program could do all the same}. Raises RuntimeError where not even that runs."""
-    sandbox = POOL.take(("sandbox", without), lambda: Sandbox(without))
-    try:
-        status, _, output, _ = sandbox.run("main", json.dumps(["", PROBE]).encode(),
-                                           str(os.getpid()).encode(), 10, DEFAULT_MEMORY)
-    except SandboxFailure as error:
-        raise RuntimeError(f"the sandbox fails its own test: {error}") from error
-    POOL.give_back(("sandbox", without), sandbox)
-    if status != "exit 0":
-        raise RuntimeError(f"the sandbox fails its own test: {status}")
-    return {**sandbox.layers, "allowed": output.decode().split()}
-
-
-def tested_sandbox(without, allow_unsafe):
-    """An idle sandbox, or a new one. The first of its kind is tried out; one without a system-call
-    filter is refused, unless that was asked for."""
-    if sys.platform != "linux":
-        raise RuntimeError("programs are judged on Linux only")
-    key = ("sandbox", without)
-    report = TESTED[key] = TESTED.get(key) or containment(without)
-    if not (allow_unsafe or "seccomp" in without) and (
-            "seccomp" not in report["active"] or report["allowed"]):
-        why = (f"a test program could {', '.join(report['allowed'])}" if report["allowed"]
-               else "the kernel has no system-call filter (seccomp)")
-        raise RuntimeError(f"programs cannot be confined here: {why}; run where it has one, or "
-                           "accept the danger with --allow_unsafe")
-    return POOL.take(key, lambda: Sandbox(without))
+def set_limit(kind, soft, hard=None):
+    """Sets a resource limit, the soft one alone or both, as far as the machine's own allows."""
+    most = resource.getrlimit(kind)[1]
+    wanted = soft, most if hard is None else hard
+    resource.setrlimit(kind, wanted if most < 0 else [min(value, most) for value in wanted])
 
 
 # Tries what must not be possible, and prints what was.
@@ -1770,176 +1609,168 @@ attempt("exec", lambda: os.execv("/bin/sh", ["sh", "-c", "echo exec"]))
 """
 
 
-def is_test(test):
-    return (isinstance(test, dict) and isinstance(test.get("setup", ""), str)
-            and any(all(name in test and isinstance(test[name], kind)
-                        for name, kind in form.items()) for form in TEST_FORMS))
+def the_sandbox(allow_unsafe=False):
+    """This process's sandbox. One that does not hold is refused, unless that was asked for."""
+    global SANDBOX
+    if sys.platform != "linux":
+        raise BadInput("programs are judged on Linux only")
+    SANDBOX = SANDBOX or Sandbox()
+    if SANDBOX.holes and not allow_unsafe:
+        raise BadInput(f"programs cannot be confined here: one could {', '.join(SANDBOX.holes)}; "
+                       "run where the kernel has a system-call filter (seccomp), or accept the "
+                       "danger with --allow_unsafe")
+    return SANDBOX
 
 
-def run_program(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, without=(), allow_unsafe=False):
-    """Run a Python program on its tests, each in a confined process of its own.
+def containment_verdict(allow_unsafe):
+    """What confines programs here, as the reason of a verdict."""
+    layers = the_sandbox(allow_unsafe).layers
+    return Verdict(True, "programs are confined by " + ", ".join(
+        name for name in ("seccomp", "limits", "uid", "namespaces") if layers[name]))
 
-    tests: {"input", "output"} from stdin to stdout, {"fn_name", "args", "expected"} a call, or
-    {"assert"} source that calls what the program defines; a test may have "setup", source that
-    runs before the program. timeout: CPU seconds a test; memory: bytes of address space; without:
-    layers of LAYERS that are left out. A pass needs at least one test and every one of them
-    passed. Raises ValueError for a test of no known form, RuntimeError where programs cannot be
-    confined and allow_unsafe is not set."""
-    for number, test in enumerate(tests or (), 1):
-        if not is_test(test):
-            raise ValueError(f"test {number} has neither input and output, nor fn_name, args and "
-                             "expected, nor assert (setup is text)")
-    if unknown := set(without) - set(LAYERS):
-        raise ValueError(f"{', '.join(sorted(unknown))}: no layer; they are {', '.join(LAYERS)}")
-    if not tests:
-        return Verdict(False, "no tests", code)
-    key = tuple(sorted(without))
+
+def program_verdict(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=False):
+    """The verdict on a program: a pass needs at least one test and every one of them passed."""
+    signal.setitimer(signal.ITIMER_REAL, 20 * timeout + 30)
     for number, test in enumerate(tests, 1):
-        sandbox = tested_sandbox(key, allow_unsafe)
-        try:
-            reason = run_test(sandbox, code, test, timeout, memory)
-        except SandboxFailure:
-            reason = "timeout"
-        except BaseException:  # a test that has no JSON form, an interrupt: it may be half sent
-            sandbox.close()
-            raise
-        else:
-            POOL.give_back(("sandbox", key), sandbox)
+        if not is_test(test):
+            raise BadInput(f"test {number} has neither input and output, nor fn_name, args and "
+                           "expected, nor assert (setup is text)")
+    for number, test in enumerate(tests, 1):
+        reason = run_test(the_sandbox(allow_unsafe), code, test, timeout, memory)
         if reason == "wrong answer":
             reason += f" on test {number}"
         if reason != "correct":
             return Verdict(False, reason, code)
-    return Verdict(True, "correct", code)
+    return Verdict(True, "correct", code) if tests else Verdict(False, "no tests", code)
 
 
 def run_test(sandbox, code, test, timeout, memory):
     """`correct`, or in what way a program fails one test."""
-    setup, judge = test.get("setup") or "", None
+    if not can_fail(test):
+        return "no test: it asserts nothing"
+    setup = test.get("setup") or ""
     if "assert" in test:
-        mode, data = "serve", b""
-        judge = json.dumps([setup, test["assert"]]).encode()
+        mode, given = "serve", json.dumps([setup, test["assert"]]).encode()
     elif "fn_name" in test:
-        mode, data = "call", json.dumps([test["fn_name"], test["args"]]).encode()
+        mode, given = "call", json.dumps([test["fn_name"], test["args"]]).encode()
     else:
-        mode, data = "main", to_bytes(test["input"])
-    source = json.dumps([setup, code]).encode()
-    status, seconds, output, result = sandbox.run(mode, source, data, timeout, memory, judge)
-    if status in ("timeout", "wall") or seconds > timeout:
+        mode, given = "main", test["input"].encode("utf-8", "surrogatepass")
+    codes, output, result = sandbox.run(mode, [setup, code], given, timeout, memory)
+    if None in codes:
         return "timeout"
-    kind, _, detail = result.partition(b" ")
-    if kind == b"error" or status != "exit 0":
-        return failure(status, kind, detail, output)
+    if mode == "serve" and output != b"gone":
+        told = codes[1] == 0 and not output.startswith(b"error ")
+        return output.decode() if told else failure(codes[1], output)
+    if codes[0] != 0 or mode == "serve" or result.startswith(b"error "):
+        return failure(codes[0], result)
     if mode == "main":
-        return "correct" if same_output(to_bytes(test["output"]), output) else "wrong answer"
-    if mode == "serve":
-        return {b"passed": "correct", b"wrong": "wrong answer"}.get(result, "no verdict")
-    try:
-        if kind != b"value" or len(detail) > MAX_RESULT:
-            raise ValueError
-        same = same_result(test["expected"], json.loads(detail))
-    except (ValueError, RecursionError):
-        return "runtime error: no result"
+        expected = test["output"].encode("utf-8", "surrogatepass")
+        same = same_output(expected, output)
+    else:
+        try:
+            got = json.loads(result) if len(result) < MAX_RESULT else None
+        except (ValueError, RecursionError):
+            return "runtime error: no result"
+        same = same_result(json.loads(json.dumps(test["expected"])), got)
     return "correct" if same else "wrong answer"
 
 
-def failure(status, kind, detail, output):
+def failure(code, result):
     """A short reason. What the program says of itself only names a failure, never makes a pass."""
-    name = detail[:60].decode("ascii", "replace")
-    if kind == b"error" and name == "MemoryError":
-        return "memory"
-    if kind == b"error" and name == "syntax error":
+    name = result[6:66].decode("ascii", "replace")
+    if name in ("memory", "syntax error"):
         return name
-    if kind == b"error" and re.fullmatch(r"\w+", name):
+    if re.fullmatch(r"[\w ]+", name):
         return f"runtime error: {name}"
-    if len(output) >= MAX_OUTPUT:
-        return "runtime error: too much output"
-    if status.startswith("signal "):
-        return f"runtime error: {signal.Signals(int(status[7:])).name}"
-    return f"runtime error: {status}"
+    names = {-number: number.name for number in signal.Signals}
+    return f"runtime error: {names.get(code, f'exit code {code}')}"
 
 
-def find_program(response):
-    """The last fenced code block of the solution section, or else of the response, or None."""
-    head, mark, tail = response.rpartition("<|begin_of_solution|>")
-    for text in (tail, response) if mark else (response,):
-        blocks = FENCE.findall(text)
-        if blocks:
-            return textwrap.dedent(blocks[-1][1])
-    return None
-
-
-def verify_code(response, tests, timeout=10.0, memory=DEFAULT_MEMORY, **options):
-    """The verdict on the last fenced code block of a response; options go to run_program."""
+def code_verdict(response, tests, *limits, **options):
+    """The verdict on the program of a response."""
     code = find_program(response)
     if code is None:
         return Verdict(False, "no answer", None)
-    return run_program(code, tests, timeout, memory, **options)
+    return program_verdict(code, tests, *limits, **options)
 
 
 # ---------------------------------------------------------------------------------------------
-# Programs: the sandbox, from the inside. From here on, nothing runs in the verifier's process.
+# Programs: the sandbox, from the inside. From here on, nothing runs in a worker's process.
 
 
-def zygote(descriptor, without):
-    """The process that a Sandbox talks to: confine what is confined once, then fork on request."""
+def zygote(descriptor):
+    """The process that a Sandbox talks to. It imports what programs may want, for they can open no
+    file; gives up the network; and forks on request. It never reads what it hands on."""
     channel = socket.socket(fileno=descriptor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in PRELOADED:
-        try:
-            importlib.import_module(name)
-        except Exception:  # a module that this build or machine lacks
-            pass
+    set_limit(resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS)[1])  # not the worker's
+    sys.set_int_max_str_digits(0)
     threading.stack_size(16 << 20)  # a thread's default is the raised limit of the stack
-    null, tasks = os.open("/dev/null", os.O_RDWR), tasks_of(os.getuid())
-    active = ["limits"] * ("limits" not in without)
-    if "namespaces" not in without and enter_namespaces():
-        active.append("namespaces")
-    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    readable = "landlock" not in without and restrict_reading()
-    active += ["landlock"] * readable
-    uid = None
-    if os.getuid() == 0 and "uid" not in without:
-        # a user that no one else is, so that its limits count this sandbox's processes alone
-        uid = 200_000_000 + os.getpid() % 100_000_000
-        active.append("uid")
-    if os.uname().machine in MACHINES and "seccomp" not in without:
-        active.append("seccomp")
-    child = Confinement(active, uid, readable, null, tasks)
+    zones = preload()  # noqa: F841 - held here, as zoneinfo finds only what somebody holds
+    names_of(*USUAL_MODULES), names_of(*CONTEST_MODULES)
     gc.collect()
     gc.freeze()
-    channel.send(json.dumps({"active": active, "missing": [
-        layer for layer in LAYERS if layer not in active]}).encode())
+    root = os.getuid() == 0
+    # root becomes a user that no one else is, so that its limits count this sandbox's tasks alone
+    own = {"parent": os.getpid(), "uid": root and 200_000_000 + os.getpid() % 100_000_000,
+           "tasks": 64 + (0 if root else tasks_of(os.getuid())), "limits": True,
+           "seccomp": os.uname().machine in MACHINES and libc.prctl(PR_GET_SECCOMP, 0, 0, 0, 0) >= 0,
+           "namespaces": enter_namespaces()}
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    channel.send(json.dumps(own).encode())
     while True:
-        message, files, _, _ = socket.recv_fds(channel, 10000, 8)
+        message, files, _, _ = socket.recv_fds(channel, 10000, 4)
         if not message:
             return
-        request = json.loads(message)
-        try:
-            reply = serve_request(child, request, files, channel)
-        finally:
-            for file in files:
-                os.close(file)
-        channel.send(json.dumps(reply).encode())
+        codes = serve(json.loads(message) | own, files, channel)
+        for file in files:
+            os.close(file)
+        channel.send(json.dumps(codes).encode())
 
 
-def serve_request(child, request, files, channel):
-    """Fork what the request asks for, wait for it, and tell how it ended and its CPU seconds."""
-    source, data, output, result = files[:4]
-    if len(files) == 4:
-        pid = start(child, request, [data, output, result, source], run_child)
-        return wait_for({pid}, pid, request["timeout"], channel)
+def preload():
+    """Imports the standard library down to its submodules, and numpy; returns all time zones."""
+    folders = [sysconfig.get_path("stdlib"), sysconfig.get_config_var("DESTSHARED") or ""]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        modules = [module.name for module in pkgutil.walk_packages(folders, onerror=str)]
+        for name in (*modules, *NUMPY_MODULES):
+            try:
+                if not NOT_PRELOADED.match(name):
+                    importlib.import_module(name)
+            except BaseException:  # this build or machine lacks it
+                pass
+    return [zoneinfo.ZoneInfo(name) for name in zoneinfo.available_timezones()]
+
+
+@functools.cache
+def names_of(*modules):
+    """What is known without an import: all names of these modules, and the modules themselves."""
+    names = {}
+    exec("\n".join([f"from {name} import *" for name in modules]
+                   + [f"import {name}" for name in CONTEST_MODULES]), names)
+    return names
+
+
+def serve(request, files, channel):
+    """Fork what a request asks for and wait for it; the exit codes as `wait_for` gives them."""
+    source, given, output, result = files
+    if request["mode"] != "serve":
+        return wait_for([start(request, run_program_here, given, output, result, source)],
+                        request["timeout"], channel)
+    null = os.open(os.devnull, os.O_RDWR)
     pipes = [*os.pipe(), *os.pipe()]
-    ask_read, ask_write, answer_read, answer_write = pipes
-    candidate = start(child, request, [data, output, answer_write, source, ask_read], run_child)
-    # the judge waits while the candidate works: its own CPU time is the tests' alone
-    judge = start(child, request, [child.null, child.null, result, files[4], ask_write,
-                                   answer_read], run_judge)
-    for pipe in pipes:
-        os.close(pipe)
-    return wait_for({candidate, judge}, judge, request["timeout"], channel)
+    calls, call, answers, answer = pipes
+    # the judge waits while the program works: its own CPU time is the tests' alone
+    pids = [start(request, run_program_here, null, null, result, source, calls, answer),
+            start(request, run_judge, null, null, output, given, answers, call)]
+    for file in (*pipes, null):
+        os.close(file)
+    return wait_for(pids, request["timeout"], channel)
 
 
-def start(child, request, files, work):
+def start(request, work, *files):
     """A confined process in which files are the descriptors 0, 1, 3, 4, ...; it runs work."""
     pid = os.fork()
     if pid:
@@ -1949,155 +1780,115 @@ def start(child, request, files, work):
         aside = [fcntl.fcntl(file, fcntl.F_DUPFD, 50) for file in files]
         for target, file in zip([0, 1, *range(3, len(files) + 1)], aside, strict=True):
             os.dup2(file, target)
-        os.dup2(child.null, 2)
+        os.dup2(os.open(os.devnull, os.O_RDWR), 2)
         os.closerange(len(files) + 1, 4096)
-        child.confine(request)
+        confine(request)
         work(request["mode"])
     finally:
         os._exit(70)
 
 
-def wait_for(alive, chosen, timeout, channel):
-    """How the chosen process ended and the CPU seconds of the busiest. When one takes more than
-    timeout all are killed; when the chosen one ends, the rest is. They end with this process, and
-    that with whoever is at the other end of the channel."""
-    deadline, ended = time.monotonic() + 3 * timeout + 5, {}
-    status, most = None, 0.0
-    handles = {os.pidfd_open(pid): pid for pid in alive}
+def wait_for(pids, timeout, channel):
+    """The exit codes of processes (a signal is a negative one), None for one that took too long:
+    the kernel ends what has used up its CPU time, this function what sleeps. When the last of them
+    ends, which is the judge if there is one, or one is late, the others are killed. All end with
+    this process, and this one with whoever is at the other end of the channel."""
+    deadline, late, codes = time.monotonic() + 3 * timeout + 5, False, {}
+    alive = {os.pidfd_open(pid): pid for pid in pids}
     poll = select.poll()
-    for handle in handles:
+    for handle in alive:
         poll.register(handle, select.POLLIN)
     poll.register(channel, 0)  # tells that it is closed, not what it holds
     while alive:
-        used = max(cpu_seconds(pid) for pid in alive)
-        if status is None and (used > timeout or time.monotonic() > deadline):
-            status = "timeout" if used > timeout else "wall"
-        if status is not None or chosen not in alive:
-            for pid in alive:
+        late = late or time.monotonic() > deadline
+        if late or pids[-1] in codes:
+            for pid in alive.values():
                 os.kill(pid, signal.SIGKILL)
-        wait = min(max(timeout - used, 0.01) / CORES, deadline - time.monotonic() + 0.01)
-        for handle, _ in poll.poll(max(1, wait * 1000)):
+        for handle, _ in poll.poll(max(1, 1000 * (deadline - time.monotonic()))):
             if handle == channel.fileno():
                 os._exit(1)
-            pid = handles[handle]
-            _, code, usage = os.wait4(pid, 0)
-            ended[pid] = os.waitstatus_to_exitcode(code)
-            most = max(most, usage.ru_utime + usage.ru_stime)
             poll.unregister(handle)
             os.close(handle)
-            alive.remove(pid)
-    if status is None:
-        code = ended[chosen]
-        status = f"exit {code}" if code >= 0 else f"signal {-code}"
-        if -signal.SIGXCPU in ended.values():
-            status = "timeout"
-    return status, most
+            pid = alive.pop(handle)
+            _, status, usage = os.wait4(pid, 0)
+            code = os.waitstatus_to_exitcode(status)
+            late = late or code == -signal.SIGXCPU or usage.ru_utime + usage.ru_stime > timeout
+            codes[pid] = None if late else code
+    return [codes[pid] for pid in pids]
 
 
-def cpu_seconds(pid):
-    try:
-        return time.clock_gettime((~pid << 3) | 2)  # the clock of another process: man clock_getres
-    except OSError:
-        return 0.0
+def confine(request):
+    """What a child does to itself before a byte of the program is parsed: limits, user,
+    capabilities, and last the filter, which forbids what came before it."""
+    limit_resources(request)
+    if uid := request["uid"]:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    # no capabilities: version 3, this process (linux/capability.h)
+    libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
+    libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # else /proc/self and /dev/stdin are root's
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != request["parent"]:
+        os._exit(71)
+    if request["seccomp"]:
+        install_filter(system_call_filter(os.uname().machine, os.getpid()))
 
 
-class Confinement:
-    """What a child does to itself before a byte of the program is parsed."""
-
-    def __init__(self, active, uid, readable, null, tasks):
-        self.active, self.uid, self.readable, self.null = active, uid, readable, null
-        self.threads = 64 + (tasks if uid is None else 0)
-
-    def confine(self, request):
-        """Limits, user, capabilities, and last the filter, which forbids what came before it."""
-        parent = os.getppid()
-        if "limits" in self.active:
-            cpu = math.ceil(request["timeout"])
-            for limit, soft, hard in (
-                    (resource.RLIMIT_CPU, cpu + 1, cpu + 2),
-                    (resource.RLIMIT_AS, request["memory"], request["memory"]),
-                    (resource.RLIMIT_FSIZE, MAX_OUTPUT, MAX_OUTPUT),
-                    (resource.RLIMIT_NOFILE, 64, 64), (resource.RLIMIT_CORE, 0, 0),
-                    (resource.RLIMIT_NPROC, self.threads, self.threads)):
-                most = resource.getrlimit(limit)[1]
-                if most != resource.RLIM_INFINITY:
-                    soft, hard = min(soft, most), min(hard, most)
-                resource.setrlimit(limit, (soft, hard))
-        if self.uid is not None:
-            os.setgroups([])
-            os.setresgid(self.uid, self.uid, self.uid)
-            os.setresuid(self.uid, self.uid, self.uid)
-        # no capabilities: version 3, this process (linux/capability.h)
-        libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
-        libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # else /proc/self and /dev/stdin are root's
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(71)
-        if "seccomp" in self.active:
-            install_filter(system_call_filter(os.uname().machine, os.getpid(),
-                                              deny_open=not self.readable))
+def limit_resources(request):
+    seconds = math.ceil(request["timeout"])
+    set_limit(resource.RLIMIT_CPU, seconds, seconds + 1)
+    for kind, most in ((resource.RLIMIT_AS, request["memory"]), (resource.RLIMIT_CORE, 0),
+                       (resource.RLIMIT_FSIZE, MAX_OUTPUT), (resource.RLIMIT_NOFILE, 64),
+                       (resource.RLIMIT_NPROC, request["tasks"])):
+        set_limit(kind, most, most)
 
 
-def run_child(mode):
-    """The program's process: descriptors 0 input, 1 output, 3 result, 4 source (5 calls)."""
+def run_program_here(mode):
+    """The program's process. It may compute, read descriptor 0 and write to 1 and 3, the result; 4
+    is its source, 5 and 6 are calls and answers where a judge asks for them."""
     with open(4, "rb") as source:
         setup, code = json.load(source)
     call = json.load(open(0, "rb", closefd=False)) if mode == "call" else None
     builtins.open = io.open = open_by_number
-    sys.stdin = open(0, "r", encoding="utf-8", errors="surrogateescape", closefd=False)
-    sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
+    sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = [
+        open(number, "w" if number else "r", encoding="utf-8", errors="surrogateescape",
+             closefd=False) for number in (0, 1, 2)]
     module = type(sys)("__main__" if mode == "main" else "solution")
     sys.modules["__main__"] = sys.modules[module.__name__] = module
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = ["program.py"]
+    sys.argv[:] = ["program.py"]
     if mode != "main":
-        exec(USUAL_NAMES, module.__dict__)
-    status = 1
+        sys.setrecursionlimit(50_000)
+        module.__builtins__ = names_of(*CONTEST_MODULES) | vars(builtins)
+    status = 0
     try:
-        try:
-            setup = compile(setup, "setup.py", "exec")
-            code = compile(code, "program.py", "exec")
-        except (SyntaxError, ValueError, RecursionError, MemoryError, UnicodeError):
-            report(b"error syntax error")
-            os._exit(1)
+        setup, code = compile(setup, "setup.py", "exec"), compile(code, "program.py", "exec")
         exec(setup, module.__dict__)
         exec(code, module.__dict__)
         if mode == "call":
-            function = find_function(module.__dict__, call[0])
-            report(b"value " + json.dumps(encode(function(*call[1]))).encode())
-        if mode == "serve":
+            value = find_function(module.__dict__, call[0])(*call[1])
+            put(3, json.dumps(value, default=as_json).encode())
+        elif mode == "serve":
             answer_calls(module.__dict__)
-        status = 0
     except SystemExit as error:
         status = 0 if error.code is None else error.code if isinstance(error.code, int) else 1
-        status &= 255
-        if status:
-            report(b"error SystemExit")
     except BaseException as error:
-        report(b"error " + type(error).__name__.encode("utf-8", "replace"))
-    try:
-        threading._shutdown()  # as at an interpreter's end: threads, exit functions, buffers
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.__stdout__.flush()
-        module.__dict__.clear()  # files that the program left open are closed with their names
-        gc.collect()
-    except BaseException:
-        status = status or 120
-    os._exit(status)
+        status = 1
+        put(3, error_line(error))
+    # as at an interpreter's end; files that the program left open are closed with their names
+    for finish in (threading._shutdown, atexit._run_exitfuncs, lambda: sys.stdout.flush(),
+                   sys.__stdout__.flush, module.__dict__.clear, gc.collect):
+        try:
+            finish()
+        except BaseException:  # it has closed or replaced them: what it printed tells
+            pass
+    os._exit(status & 255)
 
 
 def open_by_number(file, *arguments, real=io.open, **keywords):
     """open(), which finds standard input and output also where nothing may be opened."""
-    if file in ("/dev/stdin", "/dev/stdout", "/proc/self/fd/0", "/proc/self/fd/1"):
-        file, keywords["closefd"] = int("out" in file or file[-1] == "1"), False
-    return real(file, *arguments, **keywords)
-
-
-def report(message):
-    write_all(3, message)
+    number = {"/dev/stdin": 0, "/dev/stdout": 1}.get(file)
+    return real(file if number is None else os.dup(number), *arguments, **keywords)
 
 
 def find_function(namespace, name):
@@ -2106,115 +1897,181 @@ def find_function(namespace, name):
     return namespace[name]
 
 
+def as_json(value):
+    """For json.dumps: what is a number or a list in all but its type."""
+    if isinstance(value, (Fraction, decimal.Decimal)):
+        return float(value)
+    return unwrapped(value)
+
+
+def unwrapped(value):
+    """numpy's value as a plain one. NotPlain for what is not numpy's."""
+    if type(value).__module__.split(".")[0] == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    raise NotPlain(f"a {type(value).__name__} does not leave its process")
+
+
+class NotPlain(Exception):
+    """A value is no plain data, and so stays in its process."""
+
+
+def error_line(error):
+    """What a process reports of an exception."""
+    names = {MemoryError: "memory", SyntaxError: "syntax error", NotPlain: str(error)}
+    name = next((names[kind] for kind in names if isinstance(error, kind)), type(error).__name__)
+    return b"error " + name.encode("utf-8", "replace")[:99]
+
+
+class Channel:
+    """One end of the talk of a judge with a program, a line of JSON a message:
+
+        judge                                         program
+          <----------------- ["add", "helper"] ----     its functions, once
+          ---- ["add", arguments, keywords] ------->     a call
+          <-------- ["value", value, arguments] ----     what it gave, and the arguments after it,
+          <-------- ["error", kinds, text] ---------     or its exception
+
+    What they hold goes through `encode` and `decode`, so that nothing of the program's making, but
+    plain data, is ever in the judge's process."""
+
+    def __init__(self, incoming, outgoing):
+        self.incoming, self.outgoing = open(incoming, "rb"), open(outgoing, "wb")
+
+    def send(self, *message):
+        self.outgoing.write(json.dumps(message).encode() + b"\n")
+        self.outgoing.flush()
+
+    def receive(self):
+        line = self.incoming.readline(MAX_OUTPUT)
+        if not line.endswith(b"\n"):
+            raise Gone
+        return json.loads(line)
+
+
+class Gone(BaseException):
+    """The process at the other end of a channel has ended."""
+
+
 def answer_calls(namespace):
-    """The candidate's side of an assert test: what is defined, then calls until the judge ends."""
-    names = {name: ["module", value.__name__] if isinstance(value, type(sys)) else
-             ["call" if callable(value) else "value"]
-             for name, value in namespace.items() if not name.startswith("__")}
-    calls, answers = open(5, "rb"), open(3, "wb", closefd=False)
-    answers.write(json.dumps(names).encode() + b"\n")
-    answers.flush()
-    for line in calls:
-        name, arguments, keywords = json.loads(line)
+    """The program's side of an assert test."""
+    channel = Channel(5, 6)
+    channel.send(*[name for name, value in namespace.items() if callable(value)])
+    while True:
+        name, arguments, keywords = channel.receive()
         try:
-            if arguments is None:
-                value = namespace[name]
-            else:
-                arguments, keywords = decode(arguments), decode(keywords)
-                value = find_function(namespace, name)(*arguments, **keywords)
-            answer = json.dumps(["value", encode(value), encode(arguments)])
+            arguments = decode(arguments)
+            value = namespace[name](*arguments, **decode(keywords))
+            channel.send("value", encode(value), encode(arguments))
         except BaseException as error:
-            known = next(kind.__name__ for kind in type(error).__mro__
-                         if getattr(builtins, kind.__name__, None) is kind)
-            answer = json.dumps(["raise", known, str(error)[:1000]])
-        answers.write(answer.encode() + b"\n")
-        answers.flush()
+            kinds = [kind.__name__ for kind in type(error).__mro__
+                     if getattr(builtins, kind.__name__, NotPlain) is kind]
+            channel.send("error", kinds, str(error)[:999])
 
 
 def run_judge(mode):
-    """The process that holds the asserts: descriptors 3 result, 4 source, 5 calls, 6 answers. It
-    calls the candidate by messages, and what comes back is built from exact types."""
+    """The judge's process: descriptors 3 verdict, 4 setup and test, 5 answers, 6 calls. It runs
+    the test, in which the program's functions are calls of the other process."""
     with open(4, "rb") as source:
         setup, test = json.load(source)
     sys.stdout = sys.stderr = open(1, "w", closefd=False)
-    calls, answers = open(5, "wb"), open(6, "rb")
-    offered = read_offer(answers)
+    channel, calls = Channel(5, 6), []
 
-    def ask(form, arguments):
-        calls.write(json.dumps(form).encode() + b"\n")
-        calls.flush()
-        line = answers.readline(MAX_OUTPUT)
-        if not line:
-            raise CandidateGone
-        answer = json.loads(line)
-        if answer[0] == "raise":
-            kind = getattr(builtins, str(answer[1]), None)
-            good = isinstance(kind, type) and issubclass(kind, Exception)
-            raise (kind if good else RuntimeError)(str(answer[2]))
-        for ours, theirs in zip(arguments, decode(answer[2]) or (), strict=True):
-            if type(ours) is type(theirs) and type(ours) in (list, set, dict):
-                ours.clear()  # changed in place
-                (ours.extend if type(ours) is list else ours.update)(theirs)
-        return decode(answer[1])
-
-    def proxy(name):
+    def stand_in(name):
         def call(*arguments, **keywords):
-            return ask([name, encode(list(arguments)), encode(keywords)], arguments)
-        call.__name__ = name
+            calls.append(name)
+            channel.send(name, encode(list(arguments)), encode(keywords))
+            kind, value, after = channel.receive()
+            if kind == "error":
+                raise as_exception(value, after)
+            for ours, theirs in zip(arguments, decode(after), strict=True):
+                if type(ours) is type(theirs) and type(ours) in (list, set, dict):
+                    ours.clear()  # changed in place
+                    (ours.extend if type(ours) is list else ours.update)(theirs)
+            return decode(value)
         return call
+    namespace = {"__name__": "judge", "__builtins__": names_of(*USUAL_MODULES) | vars(builtins)}
     try:
-        namespace = {"__name__": "judge"}
-        exec(USUAL_NAMES, namespace)
-        before = dict(namespace)
+        functions = channel.receive()
         exec(compile(setup, "setup.py", "exec"), namespace)
-        wanted = wanted_names(offered, test)
-        for name, (kind, *rest) in offered.items():
-            if name not in wanted or namespace.get(name) is not before.get(name):
-                continue  # not asked for, or the setup's own
-            if kind == "call":
-                namespace[name] = proxy(name)
-            elif kind == "value":
-                namespace[name] = ask([name, None, None], ())
-            elif kind == "module" and rest[0] in sys.modules:
-                namespace[name] = sys.modules[rest[0]]
+        for name in tested_names(functions, test, namespace):
+            namespace[name] = stand_in(name)
         exec(compile(test, "test.py", "exec"), namespace)
+        verdict = b"correct" if calls else b"no test: it does not call the program"
     except AssertionError:
-        report(b"wrong")
-    except CandidateGone:
-        report(b"error ended early")
+        verdict = b"wrong answer"
+    except Gone:
+        verdict = b"gone"
     except BaseException as error:
-        report(b"error " + type(error).__name__.encode("utf-8", "replace"))
-    else:
-        report(b"passed")
+        verdict = error_line(error)
+    put(3, verdict)
     os._exit(0)
 
 
-def read_offer(answers):
-    """The program's first message: its names. Without one the judge ends: the program did, and may
-    have said why."""
-    line = answers.readline(MAX_OUTPUT)
-    try:
-        offered = json.loads(line)
-        if isinstance(offered, dict):
-            return offered
-    except ValueError:
-        pass
-    report(line[:100].strip() if line.split(b" ", 1)[0] == b"error" else b"error no answer")
-    os._exit(1)
+def tested_names(functions, test, namespace):
+    """The functions of a program that a test means: not what the setup defines, and a usual or
+    built-in name only if it is the function under test, check(max), or the sole one: a false len
+    or Counter must not make a test hold."""
+    named = set(re.findall(r"\w+", test)).intersection(functions) - namespace.keys()
+    known = named & namespace["__builtins__"].keys()
+    if len(named) == len(known) == 1:
+        return named
+    return named - known | {name for name in known if re.search(rf"\bcheck\({name}\)", test)}
 
 
-def wanted_names(offered, test):
-    """The names of a program that a test means. A built-in one is meant only if it is the function
-    under test, check(max) or the sole name: a false len or abs must not make a test hold."""
-    wanted = offered.keys() & set(re.findall(r"\w+", test))
-    known = {name for name in wanted if hasattr(builtins, name)}
-    if len(wanted) == len(known) == 1:
-        return wanted
-    return wanted - known | {name for name in known if re.search(rf"\bcheck\({name}\)", test)}
+def as_exception(kinds, text):
+    """A program's exception as one of the judge's: none that would end a loop or the process."""
+    for name in kinds:
+        kind = getattr(builtins, name, NotPlain if name == "NotPlain" else None)
+        if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(
+                kind, (StopIteration, StopAsyncIteration)):
+            return kind(text)
+    return RuntimeError(text)
 
 
-class CandidateGone(BaseException):
-    """The program's process ended before its answer."""
+def encode(value):
+    """A value as JSON: of plain data and of the standard library's types in PARTS. An iterator is
+    the list of what it yields. NotPlain for all else."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    for kind in type(value).__mro__:
+        if kind is tuple and hasattr(value, "_fields"):
+            return ["namedtuple", *map(encode, (type(value).__name__, value._fields, *value))]
+        if kind in PARTS:
+            return [kind.__name__, *map(encode, PARTS[kind](value))]
+    if isinstance(value, (collections.abc.Iterator, collections.abc.MappingView)):
+        return encode(list(itertools.islice(value, MAX_YIELDED)))
+    return encode(unwrapped(value))
+
+
+def decode(form):
+    """encode's inverse: the judge's own types only, whatever the sender was."""
+    if not isinstance(form, list):
+        return form
+    name, *parts = form
+    kind, parts = KINDS[name], map(decode, parts)
+    return kind(parts) if PARTS.get(kind) in (iter, dict.items) else kind(*parts)
+
+
+def reduced(kind, value):
+    """The arguments that make an equal value, as pickle would have them."""
+    return kind.__reduce__(value)[1]
+
+
+def named_tuple(name, fields, *items):
+    return collections.namedtuple(name, fields)(*items)
+
+
+# What crosses, and how it comes apart: by `iter` and `items` what it is made of, else arguments.
+PARTS = {
+    **dict.fromkeys((list, tuple, set, frozenset, bytes, collections.deque), iter),
+    **dict.fromkeys((dict, collections.OrderedDict), dict.items),
+    **{kind: functools.partial(reduced, kind) for kind in (
+        Fraction, decimal.Decimal, range, datetime.datetime, datetime.date, datetime.time,
+        datetime.timedelta, datetime.timezone)},
+    complex: lambda value: (value.real, value.imag),
+    collections.Counter: lambda value: (dict(value),),
+    collections.defaultdict: lambda value: (None, dict(value))}
+KINDS = {"namedtuple": named_tuple, **{kind.__name__: kind for kind in PARTS}}
 
 
 def tasks_of(uid):
@@ -2236,53 +2093,20 @@ def enter_namespaces():
     flags = CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWNS | (CLONE_NEWUSER if uid else 0)
     if libc.unshare(flags) != 0:
         return False
-    if uid:
+    try:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"),
-                           ("gid_map", f"{gid} {gid} 1")):
-            try:
-                with open(f"/proc/self/{name}", "w") as file:
-                    file.write(text)
-            except OSError:
-                return False
+                           ("gid_map", f"{gid} {gid} 1")) if uid else ():
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    except OSError:
+        return False
     return True
 
 
-def restrict_reading():
-    """Landlock (linux/landlock.h): nothing may be opened but the standard library, numpy, shared
-    libraries and some devices; nothing may be written. False where the kernel has none."""
-    version = libc.syscall(444, None, 0, 1)
-    if version < 1:
-        return False
-    rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
-    attributes = struct.pack("QQQ", rights, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
-    ruleset = libc.syscall(444, attributes, 24 if version >= 6 else 16 if version >= 4 else 8, 0)
-    if ruleset < 0:
-        return False
-    read_file, read_dir = 1 << 2, 1 << 3
-    for path in readable_paths():
-        try:
-            file = os.open(path, os.O_PATH)
-        except OSError:
-            continue
-        allowed = read_file | (read_dir if os.path.isdir(path) else 0)
-        libc.syscall(445, ruleset, 1, struct.pack("=Qi", allowed, file), 0)
-        os.close(file)
-    restricted = libc.syscall(446, ruleset, 0) == 0
-    os.close(ruleset)
-    return restricted
-
-
-def readable_paths():
-    numpy = sys.modules.get("numpy")
-    package = [os.path.dirname(numpy.__file__)] if numpy else []
-    return ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/dev/null",
-            "/dev/zero", "/dev/random", "/dev/urandom", sysconfig.get_path("stdlib"),
-            sysconfig.get_path("platstdlib"), *package, *(path + ".libs" for path in package)]
-
-
-# System calls that a program may make: numbers on x86_64 and on aarch64 (-1: has none).
+# System calls that a program may make: numbers on x86_64 and on aarch64 (-1: has none), and where
+# a label of the filter follows, what it says.
 # linux/arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h
-ALLOWED = """
+SYSTEM_CALLS = """
 read 0 63, write 1 64, close 3 57, stat 4 -1, fstat 5 80, lstat 6 -1, poll 7 -1, lseek 8 62,
 mmap 9 222, mprotect 10 226, munmap 11 215, brk 12 214, rt_sigaction 13 134, rt_sigprocmask 14 135,
 rt_sigreturn 15 139, pread64 17 67, readv 19 65, writev 20 66, access 21 -1, pipe 22 -1,
@@ -2299,54 +2123,51 @@ exit_group 231 94, epoll_wait 232 -1, epoll_ctl 233 21, newfstatat 262 79, readl
 faccessat 269 48, pselect6 270 72, ppoll 271 73, set_robust_list 273 99, get_robust_list 274 100,
 epoll_pwait 281 22, eventfd2 290 19, epoll_create1 291 20, dup3 292 24, pipe2 293 59,
 getrandom 318 278, membarrier 324 283, statx 332 291, rseq 334 293, close_range 436 436,
-faccessat2 439 439
+faccessat2 439 439, open 2 -1 no_file, openat 257 56 no_file, clone3 435 435 no_call,
+openat2 437 437 no_call, clone 56 220 clone, kill 62 129 kill, tgkill 234 131 kill,
+prlimit64 302 261 prlimit64, fcntl 72 25 fcntl
 """
-# Those that depend on an argument, and those that answer "no such call", so that libc asks for
-# the old one.
-CHECKED = {"open": (2, -1), "openat": (257, 56), "clone": (56, 220), "kill": (62, 129),
-           "tgkill": (234, 131), "prlimit64": (302, 261), "fcntl": (72, 25)}
-ABSENT = (435, 437)  # clone3, openat2
-MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, architecture
+MACHINES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column, architecture
 
 
-def system_call_filter(machine, pid, deny_open):
-    """The BPF program (linux/filter.h) of an allow-list: all else fails with EPERM."""
+def system_call_filter(machine, pid):
+    """The program (linux/filter.h) of an allow-list: threads but no processes, signals and limits
+    of its own alone, no file as if there were none, and EPERM for all else. A line is a label, or
+    an instruction: code, number, where to go if the comparison holds and where if it does not."""
     column, architecture = MACHINES[machine]
-    allow, kill = 0x7FFF0000, 0x80000000
-    refuse, absent = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
     LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+    first, second = (LOAD, 16), (LOAD, 24)  # arguments, their lower 32 bits
+    lines = [(LOAD, 4), (EQUAL, architecture, None, "end"), (LOAD, 0),
+             (AT_LEAST, 0x40000000, "refuse")]  # calls of x32
+    for entry in SYSTEM_CALLS.split(","):
+        fields = [*entry.split(), "allow"]
+        if fields[column] != "-1":
+            lines.append((EQUAL, int(fields[column]), fields[3]))
+    lines += [
+        (RETURN, 0x50000 | errno.EPERM),
+        "clone", first, (ANY_BIT, 0x10000, "allow", "refuse"),  # CLONE_THREAD
+        "prlimit64", first, (EQUAL, 0, "allow"), (EQUAL, pid, "allow", "refuse"),
+        "kill", first, (EQUAL, pid, "allow", "refuse"),
+        "fcntl", second, (EQUAL, fcntl.F_SETOWN, "refuse"), (EQUAL, 10, "refuse"),  # F_SETSIG
+        (EQUAL, 15, "refuse", "allow"),  # F_SETOWN_EX
+        "allow", (RETURN, 0x7FFF0000), "refuse", (RETURN, 0x50000 | errno.EPERM),
+        "no_file", (RETURN, 0x50000 | errno.ENOENT), "no_call", (RETURN, 0x50000 | errno.ENOSYS),
+        "end", (RETURN, 0x80000000)]
+    return assembled(lines)
 
-    def step(code, k, yes=0, no=0):
-        return struct.pack("HBBI", code, yes, no, k)
 
-    def argument(number):  # its lower 32 bits
-        return step(LOAD, 16 + 8 * number)
-
-    def when(number, *steps):
-        """steps, which end in a return, for this call; loads the number again behind them."""
-        return [step(EQUAL, number, 0, len(steps)), *steps] if number >= 0 else []
-
-    done, no = step(RETURN, allow), step(RETURN, refuse)
-    program = [step(LOAD, 4), step(EQUAL, architecture, 1, 0), step(RETURN, kill), step(LOAD, 0)]
-    if machine == "x86_64":
-        program += [step(AT_LEAST, 0x40000000, 0, 1), no]  # the x32 calls
-    for entry in ALLOWED.split(","):
-        program += when(int(entry.split()[1 + column]), done)
-    for number in ABSENT:
-        program += when(number, step(RETURN, absent))
-    checked = {name: numbers[column] for name, numbers in CHECKED.items()}
-    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | 0o20000000
-    for name, flags in (("open", 1), ("openat", 2)):
-        program += when(checked[name], no) if deny_open else when(
-            checked[name], argument(flags), step(ANY_BIT, writing, 0, 1), no, done)
-    program += when(checked["clone"], argument(0), step(ANY_BIT, 0x00010000, 0, 1), done, no)
-    for name in ("kill", "tgkill"):
-        program += when(checked[name], argument(0), step(EQUAL, pid, 0, 1), done, no)
-    program += when(checked["prlimit64"], argument(0), step(EQUAL, 0, 1, 0),
-                    step(EQUAL, pid, 0, 1), done, no)
-    program += when(checked["fcntl"], argument(1), step(EQUAL, fcntl.F_SETOWN, 3, 0),
-                    step(EQUAL, 10, 2, 0), step(EQUAL, 15, 1, 0), done, no)  # F_SETSIG, _OWN_EX
-    return b"".join(program + [no])
+def assembled(lines):
+    """Lines as the kernel reads them: a jump is the number of instructions that it skips."""
+    places, program = {}, b""
+    for line in reversed(lines):  # a jump goes forward
+        if isinstance(line, str):
+            places[line] = len(program) // 8
+        else:
+            code, number, *labels = line
+            skipped = [len(program) // 8 - places[label] if label else 0
+                       for label in [*labels, None, None][:2]]
+            program = struct.pack("HBBI", code, *skipped, number) + program
+    return program
 
 
 def install_filter(program):
@@ -2364,82 +2185,214 @@ TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
         "<|end_of_solution|>")  # plain text to Qwen's tokenizer
 
 
-def verify_sample(sample, **options):
-    """The verdict on a sample (DESIGN: a problem's fields, response, finish_reason). Raises
-    ValueError where a field is missing or wrong; options go to verify_code."""
+def sample_verdict(sample, **options):
+    """The verdict on a sample (a problem's fields, response, finish_reason). BadInput where a field
+    is missing or wrong; options go to program_verdict."""
     kind, response = sample.get("kind"), sample.get("response")
-    if not isinstance(response, str):
-        raise ValueError("field response is missing or no text")
     if kind not in ("math", "choice", "code"):
-        raise ValueError(f"field kind is {kind!r}: math, choice or code")
-    field = "tests" if kind == "code" else "answer"
-    if not isinstance(sample.get(field), list if kind == "code" else str):
-        raise ValueError(f"field {field} is missing or no {'list' if kind == 'code' else 'text'}")
+        raise BadInput(f"field kind is {kind!r}: math, choice or code")
+    wanted = {"response": str, "tests" if kind == "code" else "answer": list if kind == "code"
+              else str, **({"original": str} if "original" in sample else {})}
+    for name, kind_of in wanted.items():
+        if not isinstance(sample.get(name), kind_of):
+            raise BadInput(f"field {name} is missing or no {'text' if kind_of is str else 'list'}")
     if sample.get("finish_reason") == "length":
         return Verdict(False, "truncated")
-    if "original" in sample:
-        if not isinstance(sample["original"], str):
-            raise ValueError("field original is no text")
-        if not keeps_structure(sample):
-            return Verdict(False, "structure")
-    if kind == "math":
-        return verify_math(response, sample["answer"])
-    if kind == "choice":
-        return verify_choice(response, sample["answer"])
-    return verify_code(response, sample["tests"], **options)
+    if "original" in sample and not keeps_structure(sample):
+        return Verdict(False, "structure")
+    if kind == "code":
+        return code_verdict(response, sample["tests"], **options)
+    return (math_verdict if kind == "math" else choice_verdict)(response, sample["answer"])
 
 
 def keeps_structure(sample):
     """Whether a rewritten response has its four tags once and in order, most of the original's
     thought, and the original's answer."""
-    response, original, kind = sample["response"], sample["original"], sample["kind"]
-    places = [response.find(tag) for tag in TAGS]
-    if any(response.count(tag) != 1 for tag in TAGS) or places != sorted(places):
+    kind, original = sample["kind"], sample["original"]
+    pieces = re.split(f"({'|'.join(map(re.escape, TAGS))})", sample["response"])
+    if pieces[1::2] != list(TAGS):
         return False
-    if response[:places[0]].strip() or response[places[3] + len(TAGS[3]):].strip():
-        return False
-    thought = response[places[0] + len(TAGS[0]):places[1]].strip()
+    head, thought, _, solution, tail = pieces[::2]
     before = original.partition(TAGS[0])[2].partition(TAGS[1])[0].strip() or original.strip()
-    if len(thought) < 0.8 * len(before):
+    if (head + tail).strip() or len(thought.strip()) < 0.8 * len(before):
         return False
-    solution = response[places[2]:places[3]]
     find = {"math": extract_answer, "choice": find_letter, "code": find_program}[kind]
     ours, theirs = find(solution), find(original)
     if ours is None or theirs is None:
         return False
-    return math_equal(ours, theirs) if kind == "math" else ours.split() == theirs.split()
+    return equal(ours, theirs) if kind == "math" else ours.split() == theirs.split()
 
 
-def verify_lines(lines, options):
-    """What a worker process does: (place, JSON line) in; (verified line, brief of it for the
-    summary, containment of its program) out."""
-    done = []
-    for place, line in lines:
+def line_verdict(line, **options):
+    """The verdict on a sample as a line of JSON."""
+    try:
+        sample = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"no JSON ({error})") from None
+    if not isinstance(sample, dict):
+        raise BadInput("the row is no object")
+    return sample_verdict(sample, **options)
+
+
+class BadInput(ValueError):
+    """One line for the user: exit status 2."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Workers: every verdict is made in a process that can be killed
+
+
+class Worker:
+    """This file as a process that makes one verdict after another. It is no sandbox: it holds what
+    models wrote and what is expected of it, and runs none of it."""
+
+    def __init__(self):
+        self.connection, theirs = multiprocessing.Pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        theirs.close()
+
+    def outcome(self):
+        """A Verdict, or where the input cannot be judged a text that says why."""
         try:
-            sample = json.loads(line)
-            if not isinstance(sample, dict):
-                raise ValueError("the row is no object")
-            verdict = verify_sample(sample, **options)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{place}: {error}") from None
-        sample.update(passed=verdict.passed, extracted=verdict.extracted, reason=verdict.reason)
-        confined = next(iter(TESTED.values()), None) if sample["kind"] == "code" else None
-        done.append((json.dumps(sample, ensure_ascii=False), brief(sample), confined))
-    return done
+            outcome = self.connection.recv()
+            IDLE.append(self)
+        except (EOFError, OSError):
+            late = self.process.wait() == -signal.SIGALRM
+            outcome = False, "timeout" if late else f"{GRADER_ERROR}: its process ended", None
+        return Verdict(*outcome) if isinstance(outcome, tuple) else outcome
 
 
-def brief(row):
-    """What the summary needs of a verified row: (model, source, problem, passed, vote, tokens,
-    reason). The votes for one answer are equal: all correct ones, and wrong ones of one spelling;
-    no answer is "", and a program has no vote."""
-    vote = None if row["kind"] == "code" else ""
-    if vote is not None and row["extracted"] is not None:
-        vote = "correct" if row["passed"] else "wrong: " + squash(row["extracted"])
-    tokens = row.get("num_tokens")
-    reason = re.sub(r" on test \d+$", "", row["reason"])
-    return (str(row.get("model") or ""), str(row.get("source", "")), problem_key(row),
-            row["passed"], vote, tokens if isinstance(tokens, int) and tokens < 2 ** 63 else None,
-            reason)
+IDLE = []
+os.register_at_fork(after_in_child=IDLE.clear)  # they are the parent's
+
+
+def judged(calls, workers):
+    """The outcome of each call, in their order. A call is the name of a function of this file,
+    arguments and options; so many are under way at once, and a bounded number waits its turn."""
+    calls, waiting, busy = iter(calls), collections.deque(), {}
+    try:
+        while True:
+            while len(busy) < workers and len(waiting) < 16 * workers and (
+                    call := next(calls, None)):
+                worker = begin(call)
+                waiting.append([])
+                busy[worker.connection] = worker, waiting[-1]
+            if not waiting:
+                return
+            for connection in multiprocessing.connection.wait(busy):
+                worker, place = busy.pop(connection)
+                place.append(worker.outcome())
+            while waiting and waiting[0]:
+                yield waiting.popleft()[0]
+    finally:
+        for worker, _ in busy.values():
+            worker.process.kill()
+
+
+def begin(call):
+    """A worker at work on a call."""
+    try:
+        worker = IDLE.pop()
+        worker.connection.send(call)
+    except (IndexError, OSError):  # there is none, or it has ended meanwhile
+        worker = Worker()
+        worker.connection.send(call)
+    return worker
+
+
+def work(descriptor):
+    """A worker's process. The kernel's alarm ends it when a verdict takes too long; an exception is
+    the verdict on the sample that caused it."""
+    global SANDBOX
+    connection = multiprocessing.connection.Connection(descriptor)
+    threading.Thread(target=end_with, args=[connection], daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    set_limit(resource.RLIMIT_AS, WORKER_MEMORY)
+    sys.setrecursionlimit(5000)
+    sys.set_int_max_str_digits(1_000_000)  # to read more takes a second
+    while True:
+        try:
+            name, arguments, options = connection.recv()
+        except EOFError:
+            return
+        signal.setitimer(signal.ITIMER_REAL, MATH_TIMEOUT)  # program_verdict sets it anew
+        try:
+            outcome = tuple(globals()[name](*arguments, **options))
+        except BadInput as error:
+            outcome = str(error)
+        except Exception as error:
+            SANDBOX = None  # it may wait for something
+            text = f"{GRADER_ERROR}: {type(error).__name__}: {error}"
+            outcome = False, " ".join(text[:200].split()), None
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        connection.send(outcome)
+
+
+def end_with(connection):
+    """Ends this process when the other end of a connection is closed, whatever it is doing."""
+    hangup = select.poll()
+    hangup.register(connection, 0)
+    hangup.poll()
+    os._exit(1)
+
+
+def ask(name, *arguments, **options):
+    outcome, = judged([(name, arguments, options)], 1)
+    if isinstance(outcome, str):
+        raise BadInput(outcome)
+    return outcome
+
+
+def math_equal(predicted, gold):
+    """Whether two answers are the same: bare LaTeX or text, or with a box around it. False where
+    that cannot be decided within MATH_TIMEOUT seconds."""
+    try:
+        return compare(predicted, gold, HERE)
+    except TooBig:
+        return ask("equality_verdict", predicted, gold).passed
+    except (ArithmeticError, ValueError):
+        return False
+
+
+def verify_math(response, gold):
+    """The verdict on a response's answer. A mere last number answers only a question whose gold
+    answer is a number."""
+    return ask("math_verdict", response, gold)
+
+
+def verify_choice(response, gold):
+    """The verdict on the letter that a response chooses."""
+    return ask("choice_verdict", response, gold)
+
+
+def run_program(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=False):
+    """Run a Python program on its tests, each in a confined process of its own.
+
+    tests: {"input", "output"} from stdin to stdout, {"fn_name", "args", "expected"} a call, or
+    {"assert"} source that calls what the program defines; a test may have "setup", source that
+    runs before the program. timeout: CPU seconds a test (all together: twenty times that and half
+    a minute, on the clock); memory: bytes of address space. A pass needs at least one test and
+    every one of them passed. Raises BadInput, a ValueError, for a test of no known form, and where
+    programs cannot be confined and allow_unsafe is not set."""
+    return ask("program_verdict", code, tests, timeout, memory, allow_unsafe)
+
+
+def verify_code(response, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=False):
+    """The verdict on the program in a response (see `find_program`), as run_program gives it."""
+    return ask("code_verdict", response, tests, timeout, memory, allow_unsafe)
+
+
+def verify_sample(sample, **options):
+    """The verdict on a sample (a problem's fields, response, finish_reason); options go to
+    run_program."""
+    return ask("sample_verdict", sample, **options)
+
+
+# ---------------------------------------------------------------------------------------------
+# Samples: the summary
 
 
 def problem_key(row):
@@ -2448,76 +2401,60 @@ def problem_key(row):
     return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
-class BadInput(ValueError):
-    """One line for the user: exit status 2."""
-
-
-# ---------------------------------------------------------------------------------------------
-# Samples: the summary
-
-
 class Summary:
     """Counts by model, source and problem, but no text: memory grows with the problems alone."""
 
     def __init__(self):
-        self.groups = {}  # by (model, source): by problem [samples, passed, votes]; tokens; reasons
+        # by model and source: by problem [samples, passed, votes]; tokens and rows; reasons
+        self.groups = {}
+        self.grader_errors = []
 
-    def add(self, model, source, problem, passed, vote, tokens, reason):
-        problems, total, reasons = self.groups.setdefault((model, source),
-                                                          ({}, [0, 0], collections.Counter()))
-        counts = problems.setdefault(problem, [0, 0, {}])
-        counts[0] += 1
-        counts[1] += passed
-        if vote is not None:
-            counts[2][vote] = counts[2].get(vote, 0) + 1
-        if tokens is not None:
-            total[0] += tokens
-            total[1] += 1
-        reasons[reason] += 1
+    def add(self, row):
+        """Counts a verified row. The votes for one answer are equal: all correct ones, and wrong
+        ones of one spelling; no answer is "", and a program has no vote."""
+        source, reason = str(row.get("source", "")), re.sub(r" on test \d+$", "", row["reason"])
+        if reason.startswith(GRADER_ERROR):
+            self.grader_errors.append(f"{source} {row.get('id')}: {reason}")
+            reason = GRADER_ERROR
+        vote = "correct" if row["passed"] else (
+            "" if row["extracted"] is None else "wrong: " + squash(row["extracted"]))
+        for group in (source, None):  # None: all
+            problems, total, reasons = self.groups.setdefault(str(row.get("model") or ""), {}) \
+                .setdefault(group, ({}, [0, 0], collections.Counter()))
+            reasons[reason] += 1
+            counts = problems.setdefault(problem_key(row), [0, 0, collections.Counter()])
+            counts[0] += 1
+            counts[1] += row["passed"]
+            counts[2][vote] += row["kind"] != "code"
+            if isinstance(tokens := row.get("num_tokens"), int):
+                total[0] += tokens
+                total[1] += 1
 
     def rows(self):
         """One dict for each source of each model, and one for all of a model's several."""
-        rows, models = [], sorted({model for model, _ in self.groups}) or [""]
-        for model in models:
-            groups = {source: group for (name, source), group in sorted(self.groups.items())
-                      if name == model}
-            if len(groups) != 1:
-                groups["all"] = merged(groups.values())
-            rows += [{"model": model} | score(source, list(problems.values()), tokens, reasons)
-                     for source, (problems, tokens, reasons) in groups.items()]
+        rows = []
+        for model, groups in sorted(self.groups.items()):
+            sources = sorted(groups.keys() - {None})
+            for source in sources + [None] * (len(sources) > 1):
+                name = "all" if source is None else source
+                rows.append({"model": model} | score(name, *groups[source]))
         return rows
-
-
-def merged(groups):
-    """The counts of several groups of problems as those of one."""
-    problems, total, reasons = {}, [0, 0], collections.Counter()
-    for number, (counts, tokens, by_reason) in enumerate(groups):
-        problems |= {(number, problem): count for problem, count in counts.items()}
-        total = [a + b for a, b in zip(total, tokens, strict=True)]
-        reasons.update(by_reason)
-    return problems, total, reasons
 
 
 def score(source, problems, tokens, reasons):
     """The figures of some problems, each [samples, passed, votes]. The standard error is that of
     the mean over problems of their means."""
+    problems = list(problems.values())
     means = [passed / n for n, passed, _ in problems]
-    accuracy = sum(means) / len(means) if means else None
-    error = None
-    if len(means) > 1:
-        variance = sum((mean - accuracy) ** 2 for mean in means) / (len(means) - 1)
-        error = math.sqrt(variance / len(means))
-    most = max((n for n, _, _ in problems), default=0)
-    chances, k = {}, 1
-    while k <= most:
-        enough = [(n, passed) for n, passed, _ in problems if n >= k]
-        chances[k] = sum(pass_at_k(n, passed, k) for n, passed in enough) / len(enough)
-        k = most if k < most < 2 * k else 2 * k
-    voted = [votes for _, _, votes in problems if votes]
-    consensus = sum(map(majority, voted)) / len(voted) if voted else None
+    error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
+    most = max(n for n, _, _ in problems)
+    ks = sorted({most, *(2 ** i for i in range(most.bit_length()))})
+    chances = {k: statistics.fmean(pass_at_k(n, passed, k) for n, passed, _ in problems if n >= k)
+               for k in ks}
+    voted = [majority(votes) for _, _, votes in problems if votes.total()]
     return {"source": source, "problems": len(problems), "samples": sum(n for n, _, _ in problems),
-            "accuracy": accuracy, "standard_error": error, "pass_at_k": chances,
-            "majority": consensus, "n": most,
+            "accuracy": statistics.fmean(means), "standard_error": error, "pass_at_k": chances,
+            "majority": statistics.fmean(voted) if voted else None, "n": most,
             "mean_tokens": tokens[0] / tokens[1] if tokens[1] else None,
             "reasons": dict(reasons.most_common())}
 
@@ -2562,23 +2499,21 @@ def published(rows):
 
 def table(rows):
     """The rows as text, the models' names where there are several, and the reasons of all."""
-    def percent(value):
-        return "-" if value is None else f"{100 * value:.1f}"
-    lines = [["model", "source", "problems", "samples", "accuracy", "pass@k", "majority", "tokens"]]
+    def percent(value, before=""):
+        return "" if value is None else f"{before}{100 * value:.1f}"
+    lines = [["source", "problems", "samples", "accuracy", "pass@k", "majority", "tokens", "model"]]
     reasons = collections.Counter()
     for row in rows:
-        error = "" if row["standard_error"] is None else f" ± {percent(row['standard_error'])}"
-        chances = ", ".join(f"{k}: {percent(p)}" for k, p in row["pass_at_k"].items())
-        tokens = "-" if row["mean_tokens"] is None else f"{row['mean_tokens']:.0f}"
-        lines.append([row["model"] or "-", row["source"] or "-", str(row["problems"]),
-                      str(row["samples"]), percent(row["accuracy"]) + error, chances,
-                      f"{percent(row['majority'])} @{row['n']}", tokens])
+        tokens = "" if row["mean_tokens"] is None else f"{row['mean_tokens']:.0f}"
+        lines.append([row["source"] or "-", str(row["problems"]), str(row["samples"]),
+                      percent(row["accuracy"]) + percent(row["standard_error"], " ± "),
+                      ", ".join(percent(p, f"{k}: ") for k, p in row["pass_at_k"].items()),
+                      f"{percent(row['majority']) or '-'} @{row['n']}", tokens or "-",
+                      row["model"]])
         if row["source"] != "all" or len(rows) == 1:
             reasons.update(row["reasons"])
-    first = 0 if len({row["model"] for row in rows}) > 1 else 1
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.ljust(width) for cell, width in
-                      list(zip(line, widths, strict=True))[first:]).rstrip() for line in lines]
+    text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     return "\n".join([*text, *dict.fromkeys(published(rows)), "", "; ".join(
         f"{reason} {count}" for reason, count in reasons.most_common())])
 
@@ -2690,84 +2625,61 @@ def resume(out, lines, summary):
     """Skip the rows of `lines` that `out` holds already: a line that a kill has torn is cut off,
     and each row must be the one that was verified. Returns how many there are."""
     count = end = 0
-    advice = "name another --out, or delete the file"
     with open(out, "rb+") as file:
         for line in file:
-            try:
-                row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                row = None
-            if row is None:
-                if line.endswith(b"\n") or not line.startswith(b"{"):
-                    raise BadInput(f"{out}: row {count + 1} is broken; {advice}")
+            if line.startswith(b"{") and not line.endswith(b"\n"):
                 break
-            if not isinstance(row, dict) or {"kind", "passed", "extracted", "reason"} - row.keys():
-                raise BadInput(f"{out}: row {count + 1} is no verdict; {advice}")
-            place, given = next(lines, (None, "{}"))
+            place, given = next(lines, ("any row of the input", "{}"))
             try:
-                given = json.loads(given)
-                same_row = all(given.get(key) == row[key] for key in (
-                    "source", "id", "sample", "response") if key in row)
-            except (ValueError, AttributeError):
-                same_row = False
-            if not same_row:
-                raise BadInput(f"{out}: row {count + 1} is not the verdict on "
-                               f"{place or 'any row of the input'}; {advice}")
-            summary.add(*brief(row))
+                row, given = json.loads(line), json.loads(given)
+                same = all(given.get(name) == row[name] for name in (
+                    "source", "id", "sample", "response") if name in row)
+                summary.add(row)
+            except (ValueError, LookupError, TypeError, AttributeError):
+                same = False
+            if not same:
+                raise BadInput(f"{out}: row {count + 1} is not the verdict on {place}; name another "
+                               "--out, or delete the file")
             count, end = count + 1, end + len(line)
         file.truncate(end)
     return count
 
 
-def verified_lines(lines, workers, options):
-    """Results in the order of lines, from worker processes, with a bounded number under way."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, begin_worker) as executor:
-        pending = collections.deque()
-        try:
-            for batch in iter(lambda: list(itertools.islice(lines, 8)), []):
-                pending.append(executor.submit(verify_lines, batch, options))
-                if len(pending) > 4 * workers:
-                    yield from pending.popleft().result()
-            while pending:
-                yield from pending.popleft().result()
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
-
-
-def begin_worker():
-    end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def verified_rows(lines, workers, options):
+    """The rows of (place, line) with their verdicts."""
+    lines, ahead = itertools.tee(lines)
+    calls = (("line_verdict", [line], options) for _, line in ahead)
+    for (place, line), outcome in zip(lines, judged(calls, workers), strict=False):
+        if isinstance(outcome, str):
+            raise BadInput(f"{place}: {outcome}")
+        yield json.loads(line) | {"passed": outcome.passed, "extracted": outcome.extracted,
+                                  "reason": outcome.reason}
 
 
 def keep(verified, path, per_problem):
     """Write the passing rows, at most per_problem of each problem, the shortest first: long
     answers to easy questions are not rewarded. Exact duplicates are dropped. The file appears
     when it is complete. Returns the counts (kept, duplicates, beyond per_problem)."""
-    passing, seen, duplicates, offset = {}, set(), 0, 0
-    with open(verified, "rb") as file:
+    passing, seen, duplicates, start = {}, set(), 0, 0
+    with open(verified, "rb") as file, open(f"{path}.part", "wb") as out:
         for line in file:
             row = json.loads(line)
             if row["passed"]:
-                digest = hashlib.blake2b(problem_key(row) + row["response"].encode(
-                    "utf-8", "surrogatepass"), digest_size=16).digest()
-                length = len(row["response"])
-                if digest in seen:
-                    duplicates += 1
-                else:
-                    seen.add(digest)
-                    passing.setdefault(problem_key(row), []).append((length, offset))
-            offset += len(line)
-        chosen = sorted(offset for samples in passing.values()
-                        for _, offset in sorted(samples)[:per_problem])
-        aside = f"{path}.part"
-        with open(aside, "wb") as out:
-            for offset in chosen:
-                file.seek(offset)
-                out.write(file.readline())
-            out.flush()
-            os.fsync(out.fileno())
-    os.replace(aside, path)
+                key, text = problem_key(row), row["response"].encode("utf-8", "surrogatepass")
+                digest = hashlib.blake2b(key + text, digest_size=16).digest()
+                duplicates += digest in seen
+                if digest not in seen:
+                    passing.setdefault(key, []).append((len(row["response"]), start))
+                seen.add(digest)
+            start += len(line)
+        chosen = [start for samples in passing.values()
+                  for _, start in sorted(samples)[:per_problem]]
+        for start in sorted(chosen):
+            file.seek(start)
+            out.write(file.readline())
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(out.name, path)
     return len(chosen), duplicates, sum(map(len, passing.values())) - len(chosen)
 
 
@@ -2793,6 +2705,7 @@ def parse_arguments():
 def main():
     """Verify what is not verified yet, write each verdict as it is there, then keep and print."""
     args = parse_arguments()
+    sys.set_int_max_str_digits(0)
     for name in args.samples:
         if not os.path.isfile(name):
             raise BadInput(f"{name}: no such file")
@@ -2806,43 +2719,40 @@ def main():
     done = resume(args.out, lines, summary) if os.path.exists(args.out) else 0
     if done:
         print(f"{args.out}: {done} rows are verified already", file=sys.stderr)
-    options = {"timeout": args.timeout, "memory": args.memory, "allow_unsafe": args.allow_unsafe}
-    results = verified_lines(lines, args.workers, options)
-    head, told = list(itertools.islice(results, 1)), False  # rows that are refused create nothing
+    rows = verified_rows(lines, args.workers, {
+        "timeout": args.timeout, "memory": args.memory, "allow_unsafe": args.allow_unsafe})
+    head = list(itertools.islice(rows, 1))  # rows that are refused create nothing
     if not head and not done:
         raise BadInput(f"{', '.join(args.samples)}: no samples")
     for path in paths:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(args.out, "a", encoding="utf-8", errors="surrogatepass") as out, tqdm(
-            initial=done, unit=" samples", disable=None) as progress:
-        passed = 0
-        for line, facts, confined in itertools.chain(head, results):
-            if confined and not told:
+    told = False
+    with open(args.out, "a", encoding="utf-8", errors="surrogatepass") as out:
+        for row in tqdm(itertools.chain(head, rows), initial=done, unit=" samples", disable=None):
+            if row["kind"] == "code" and row["extracted"] and not told:
                 told = True
-                print("programs are confined by " + ", ".join(confined["active"]) + (
-                    "; missing here: " + ", ".join(confined["missing"])
-                    if confined["missing"] else ""), file=sys.stderr)
-            out.write(line + "\n")
+                print(ask("containment_verdict", args.allow_unsafe).reason, file=sys.stderr)
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
-            summary.add(*facts)
-            passed += facts[3]
-            progress.update()
-            progress.set_postfix(passed=passed, refresh=False)
-    rows = summary.rows()
+            summary.add(row)
     kept = keep(args.out, args.keep, args.per_problem) if args.keep else None
     if args.json:
-        print(json.dumps({"rows": rows, "kept": kept[0] if kept else None}))
+        print(json.dumps({"rows": summary.rows(), "kept": kept[0] if kept else None,
+                          "grader_errors": summary.grader_errors}))
         return
-    print(table(rows))
+    print(table(summary.rows()))
+    if summary.grader_errors:
+        print(f"{len(summary.grader_errors)} samples have no verdict, the grader failed:",
+              *summary.grader_errors[:20], sep="\n  ")
     if kept:
         print(f"kept {kept[0]}, dropped {kept[1]} duplicates and {kept[2]} beyond --per_problem")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--math-worker"]:
-        math_worker()
+    if sys.argv[1:2] == ["--worker"]:
+        work(int(sys.argv[2]))
     elif sys.argv[1:2] == ["--zygote"]:
-        zygote(int(sys.argv[2]), sys.argv[3:])
+        zygote(int(sys.argv[2]))
     else:
         begin_script()
         try:

@@ -2656,10 +2656,8 @@ for module, statements, printed in (
          "ImportError))", "True"),
         ("concurrent.futures", "p = concurrent.futures.ProcessPoolExecutor; print(p.__name__)",
          "ProcessPoolExecutor"),
-        ("multiprocessing.dummy", "with multiprocessing.dummy.Pool(2) as pool: "
-         "print(pool.map(abs, [-1, -2]))", "[1, 2]"),
-        ("multiprocessing.pool", "with multiprocessing.pool.ThreadPool(2) as pool: "
-         "print(sum(pool.imap(abs, [-1, -2])))", "3"),
+        ("multiprocessing.dummy", "print(multiprocessing.dummy.Process.__name__)",
+         "DummyProcess"),
         ("html.parser", "p = html.parser.HTMLParser(); p.handle_data = print; p.feed('<b>x</b>')",
          "x"),
         ("html.entities", "print(html.entities.name2codepoint['lt'])", "60"),
@@ -3622,8 +3620,7 @@ for name, value, wanted in (
         ("a decimal off by 1e-4", "0.3334", 0.3333), ("True where 1.0 is expected", "True", 1.0),
         ("1.0 where True is expected", "1.0", True), ("'2.0' where 2 is expected", "'2.0'", 2),
         ("2 where '2' is expected, in a list", "[2]", ["2"]), ("a NaN", "float('nan')", 0.5),
-        ("an infinity", "float('inf')", 1.5), ("a frozen set for a list", "frozenset([1])", [1]),
-        ("a dict for a list", "{0: 1}", [1]), ("a text for a list", "'ab'", ["a", "b"]),
+        ("an infinity", "float('inf')", 1.5), ("a dict for a list", "{0: 1}", [1]), ("a text for a list", "'ab'", ["a", "b"]),
         ("None in a list", "[None]", [0]),
         ("a large int where a float is expected", "10 ** 400", 1.5),
         ("5,001 digits that differ in the last", "10 ** 5000 + 1", 10 ** 5000),
@@ -3640,6 +3637,7 @@ for name, value, wanted in (
         ("a Fraction beyond a double", "Fraction(10 ** 400, 3)", 0.0),
         ("a Fraction for another", "Fraction(1, 3)", 0.3334),
         ("a Decimal for another", "{'a': Decimal('0.31')}", {"a": 0.3}),
+        ("a frozen set for a list", "frozenset([1])", [1]),
         ("a tuple for a key", "{(1, 2): 3}", {"(1, 2)": 3}),
         ("a tuple for a key, nested", "[{(): 1}]", [{"a": 1}]),
         ("a frozen set for a key", "{frozenset([1]): 1}", {"a": 1})):

@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 import pytest
 
 import verify
+from conftest import ROOT
 from attacks import ATTACKS, HONEST, MEMORY, SUM, THREADS, WRONG, fill, stdin
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are run on Linux only")
@@ -31,6 +33,10 @@ WALL_LIMIT = 3 * TIMEOUT + 5 + 4  # a test's cap and what a busy machine may add
 GOOD, BAD = "print(sum(map(int, input().split())))", "def add(a, b):\n    return a + b + 1"
 HARMLESS = ("a signal that only asks whether one may", "a fork", "a new file", "a TCP connection",
             "memory of the parent read", "a confinement that is not there")
+# layers of confinement, and how a zygote is made that lacks one
+LAYERS = {"limits": "verify.limit_resources = lambda request: None",
+          "uid": "os.setgroups = os.setresgid = os.setresuid = lambda *ids: None",
+          "namespaces": "verify.enter_namespaces = lambda: False"}
 # what no other layer can hold: as root, nothing but the uid makes the limit on threads count
 ALONE = {"limits": (MEMORY, THREADS), "uid": (THREADS,)}
 CHECKED_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue", "/run", "/run/lock", "/", ".",
@@ -123,10 +129,10 @@ class World:
                 pass
         return found
 
-    def passes_gate(self, without):
+    def passes_gate(self, change):
         """Whether the harmless attacks are contained, so that the others may be tried."""
         return [attack.name for attack in ATTACKS if attack.name in HARMLESS
-                and run(attack, self.fresh(), without).passed] == []
+                and run(attack, self.fresh(), change).passed] == []
 
     def close(self):
         self.victim.kill()
@@ -245,35 +251,56 @@ def world():
         shutil.rmtree(top, ignore_errors=True)
 
 
-def run(program, values, without=()):
-    return verify.run_program(fill(program.code, values), fill(program.tests, values),
-                              timeout=TIMEOUT, memory=MEMORY_LIMIT, without=without)
+@cache
+def sandbox(*changes):
+    """A sandbox of which some functions are replaced."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport verify\n")
+        file.write("\n".join([*changes, "verify.zygote(int(sys.argv[2]))"]))
+        file.flush()
+        return verify.Sandbox(file.name)
 
 
-def check_contained(world, attack, without=()):
+def judge(code, tests, change=None, **options):
+    """verify.run_program, and without a layer what it does in its worker."""
+    if change is None:
+        return verify.run_program(code, tests, **options)
+    verify.SANDBOX = sandbox(change)
+    try:
+        return verify.program_verdict(code, tests, **options)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def run(program, values, change=None):
+    return judge(fill(program.code, values), fill(program.tests, values), change,
+                 timeout=TIMEOUT, memory=MEMORY_LIMIT)
+
+
+def check_contained(world, attack, change=None):
     """Asserts that an attack does nothing that is seen from outside, and no harm to the next."""
-    if not world.passes_gate(without):
+    if not world.passes_gate(change):
         pytest.fail("even harmless attacks get through: the others are not run")
     values = world.fresh()
     before, started, memory = world.state(), time.monotonic(), MemoryWatch()
     if attack.before:
-        verify.run_program(fill(attack.before, values), stdin(("", "")), timeout=TIMEOUT,
-                           memory=MEMORY_LIMIT, without=without)
+        judge(fill(attack.before, values), stdin(("", "")), change, timeout=TIMEOUT,
+              memory=MEMORY_LIMIT)
     if attack.breach == MEMORY:
         with memory:
-            verdict = run(attack, values, without)
+            verdict = run(attack, values, change)
         assert memory.peak < MEMORY_LIMIT + (1 << 29)
     else:
-        verdict = run(attack, values, without)
+        verdict = run(attack, values, change)
     assert not verdict.passed, f"{attack.breach}: {verdict.reason}"
     assert len(verdict.reason) < 200
     assert time.monotonic() - started < WALL_LIMIT * (len(attack.tests) + bool(attack.before))
     after = world.state()
     assert {name for name in before | after if before.get(name) != after.get(name)} == set()
     assert processes_with(values["MARK"]) == [] and files_with(values["MARK"]) == []
-    options = dict(timeout=TIMEOUT, memory=MEMORY_LIMIT, without=without)
-    assert verify.run_program(GOOD, SUM["stdin"], **options).reason == "correct"
-    assert verify.run_program(BAD, SUM["call"], **options).reason == "wrong answer on test 1"
+    options = dict(change=change, timeout=TIMEOUT, memory=MEMORY_LIMIT)
+    assert judge(GOOD, SUM["stdin"], **options).reason == "correct"
+    assert judge(BAD, SUM["call"], **options).reason == "wrong answer on test 1"
 
 
 # --------------------------------------------------------------------------------------- all layers
@@ -324,7 +351,7 @@ def test_a_wrong_program_fails_for_its_reason(world, program):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("breach", sorted({attack.breach for attack in ATTACKS}))
-@pytest.mark.parametrize("layer", sorted(set(verify.LAYERS) - {"seccomp"}))
+@pytest.mark.parametrize("layer", LAYERS)
 def test_one_layer_fewer_still_contains(world, layer, breach):
     if breach in ALONE.get(layer, ()):
         pytest.skip(f"held by {layer} alone")
@@ -332,22 +359,32 @@ def test_one_layer_fewer_still_contains(world, layer, breach):
     for attack in ATTACKS:
         if attack.breach == breach and not attack.waits:
             try:
-                check_contained(world, attack, (layer,))
+                check_contained(world, attack, LAYERS[layer])
             except AssertionError as error:
                 failed[attack.name] = str(error).splitlines()[0]
     assert not failed, "\n".join(f"{name}: {error}" for name, error in failed.items())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", sorted(set(verify.LAYERS) - {"seccomp"}))
+@pytest.mark.parametrize("layer", LAYERS)
 def test_one_layer_fewer_still_passes_honest_programs(world, layer):
-    verdicts = {program.name: verify.run_program(program.code, program.tests, without=(layer,))
+    verdicts = {program.name: judge(program.code, program.tests, LAYERS[layer])
                 for program in HONEST if not program.optional}
     failed = {name: verdict for name, verdict in verdicts.items() if not verdict.passed}
     assert not failed, "\n".join(f"{name}: {failed[name].reason}" for name in failed)
 
 
 def test_the_self_test_tells_what_a_program_could_do_without_a_filter():
-    assert verify.containment()["allowed"] == []
-    assert {"fork", "exec", "socket"} <= set(verify.containment(("landlock", "seccomp"))["allowed"])
+    assert verify.Sandbox().holes == []
+    holes = sandbox("verify.install_filter = lambda program: None").holes
+    assert {"fork", "exec", "socket", "read"} <= set(holes)
     assert not list(Path("/tmp").glob("sky-t1-probe"))
+
+
+def test_a_sandbox_that_does_not_hold_is_refused_unless_asked_for():
+    for change in ("verify.install_filter = lambda program: None", "verify.MACHINES = {}"):
+        verify.SANDBOX = sandbox(change)
+        with pytest.raises(verify.BadInput, match="cannot be confined here: one could fork"):
+            verify.the_sandbox()
+        assert verify.the_sandbox(allow_unsafe=True)
+        assert judge(GOOD, SUM["stdin"], change, allow_unsafe=True).passed

@@ -116,15 +116,16 @@ UNICODE = str.maketrans({
     "≡": r"\equiv ", "⟪": " ", "⟫": " "})
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BRACE = re.compile(r"\\[\\{}]|[{}]")
-PHRASE = re.compile(r"\banswer\s*(?:\*\*)?\s*(?:(?:is|are|was)(?![a-z])|[:=])", re.IGNORECASE)
+PHRASE = re.compile(r"\banswer\s*+(?:\*\*\s*+)?(?:(?:is|are|was)(?![a-z])|[:=])", re.IGNORECASE)
 NUMBER = re.compile(r"(?<![\w)])-?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?%?"
                     r"|\d+(?:\.\d+)?")
-BASED = re.compile(r"\s*\(?\s*(\d\w*)\s*\)?\s*_\s*\{?\s*⟪?(\w+)⟫?\s*\}?\s*")
-OPTION = re.compile(r"(?:(?:option|choice|answer)\b\s*:?\s*)?(?:[(\[]\s*([A-J])\s*[)\]]"
+BASED = re.compile(r"\s*\(?\s*(\d\w*)\s*\)?\s*_\s*\{?\s*⟪?(\w++)⟫?\s*\}?\s*")
+OPTION = re.compile(r"(?:(?:option|choice|answer)\b\s*+(?::\s*+)?)?(?:[(\[]\s*([A-J])\s*[)\]]"
                     r"|([A-J])\s*[.):,]|([A-J])\s*$)", re.IGNORECASE)
-SECOND_OPTION = re.compile(r"\s*(?:,|/|&|and\b|or\b)?\s*[(\[]?[A-J][)\].]?(?:\s*$|\s*[,(/&])")
+SECOND_OPTION = re.compile(r"\s*+(?:(?:,|/|&|and\b|or\b)\s*+)?[(\[]?[A-J][)\].]?"
+                           r"(?:\s*$|\s*[,(/&])")
 CHOICE_PHRASE = re.compile(
-    r"\b(?:answer|option|choice|solution)(?:\s+(?:choice|option|letter))?\s*(?:\*\*)?\s*"
+    r"\b(?:answer|option|choice|solution)(?:\s++(?:choice|option|letter))?\s*+(?:\*\*\s*+)?"
     r"(?:(?:is|must\s+be|would\s+be|should\s+be)(?![a-z])|[:=])|\b(?:correct|right|best)\s+"
     r"(?:one\s+)?is\b|\banswer\s+(?=\([A-J]\))|\b(?:choose|select|pick)\b", re.IGNORECASE)
 # a letter in brackets, or a capital that no lower-case word follows, as it does an article
@@ -212,10 +213,10 @@ def after_phrase(response):
     if formula := re.match(r"\$\$?(.+?)\$\$?|\\[(\[](.+?)\\[)\]]", tail):
         rest = tail[formula.end():]
         # "$5$ and $7$" goes on; "$5$, because" does not
-        if not re.match(r"\s*(?:,|and\b|or\b)\s*(?:and\b|or\b)?\s*\$", rest):
-            unit = re.match(r"\s*(?:\\?%|[A-Za-z]+)\s*\.?\s*$", rest)
+        if not re.match(r"\s*+(?:,|and\b|or\b)\s*+(?:(?:and|or)\b\s*+)?\$", rest):
+            unit = re.match(r"\s*+(?:\\?%|[A-Za-z]++)\s*+(?:\.\s*+)?$", rest)
             return (formula[1] or formula[2]).strip() + (unit[0].rstrip(" .") if unit else "")
-    tail = re.split(r"[.!?]\s+(?=[A-Z*])|[.!]?\s*$", tail.replace("**", ""))[0]
+    tail = re.split(r"[.!?]\s+(?=[A-Z*])|[.!]?$", tail.replace("**", "").rstrip())[0]
     return tail.strip(" *_") or None
 
 
@@ -284,8 +285,8 @@ SPELLING = [(re.compile(pattern), replacement, before, after)
     (r"\\\\\s*\[\s*[\d.]+\s*(?:pt|[cme]m|ex)\s*\]", r"\\\\", r"1\\[2pt]2", r"1\\2"),
     (r"\\(?:displaystyle|textstyle|limits|phantom\{[^{}]*\})", "", r"\displaystyle 2", " 2"),
     (r"\\[dtc](frac|binom)", r"\\\1", r"\dfrac12", r"\frac12"),
-    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}", r"{3\over4}", r"\frac{3}{4}"),
-    (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}", r"{5\choose2}",
+    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*+)\}", r"\\frac{\1}{\2}", r"{3\over4}", r"\frac{3}{4}"),
+    (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*+)\}", r"\\binom{\1}{\2}", r"{5\choose2}",
      r"\binom{5}{2}"),
     (r"\\(?:text)?color\s*(?:\[[a-zA-Z]+\])?\{[^{}]*\}", "", r"\color{red}{5}", "{5}"),
     (r"\\mathbb\s*(?:\{R\}|R)\s*\^\{?\+\}?", r"(0,\\infty)", r"\mathbb{R}^+", r"(0,\infty)"),
@@ -306,7 +307,7 @@ SPELLING = [(re.compile(pattern), replacement, before, after)
     (r"\s+", " ", "x  y", "x y"),
     (r"(?<=\d)\s*\^?\{?\s*(?:⟪\s*)?(?:st|nd|rd|th)(?:\s*⟫)?\}?(?![A-Za-z])", "",
      "36^{⟪th⟫}", "36"),
-    (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))", repeating,
+    (r"(?<!\d\d)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))", repeating,
      r"0.\overline{7}", r"\frac{7.}{9}"),
     (r"(?<![\d.}/)^_])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"(\1+\2/\3)", "2 1/3", "(2+1/3)"),
     (r"\\(?:leqslant|leq|le)(?![a-z])|<=", "≤", r"x\le 3", "x≤ 3"),
@@ -330,10 +331,11 @@ SPELLING = [(re.compile(pattern), replacement, before, after)
     (r"\\div(?![a-z])|÷", "/", r"6\div2", "6/2"),
     # both of two inequalities is not either of them
     (r"⟪\s*(?:and|or)\s*⟫|\b(?:and|or)\b|\\(?:lor|vee)(?![a-z])|;", lambda match: match[0]
-     if "and" in match[0] and re.search("[<>≤≥]", match.string) else ",",
+     if "and" in match[0] and any(sign in match.string for sign in "<>≤≥") else ",",
      "x=1 or x=2", "x=1 , x=2"),
     (r",(?:\s*,)+", ",", "1,, 2", "1, 2"),
-    (r"\\\{\s*[a-z]\s*(?:∈\s*⟪all real numbers⟫\s*)?[|:](.*?)\\\}", r"\1", r"\{x | x>2\}", " x>2"),
+    (r"\\\{\s*[a-z]\s*(?:∈\s*⟪all real numbers⟫\s*)?[|:](?=.*\\\})(.*?)\\\}", r"\1",
+     r"\{x | x>2\}", " x>2"),
     (r"([\[\]])([^][(),]+,[^][(),]+)([\[\]])", lambda match: "[("[match[1] == "]"] + match[2]
      + "])"[match[3] == "["], "]0,1[", "(0,1)"),
     (r"^(.*[^,\s(])[\s,(]*(?:⟪(?:for|where|with|for all)⟫)?\s*\b([a-z])\s*"
@@ -343,10 +345,12 @@ SPELLING = [(re.compile(pattern), replacement, before, after)
     (r"\(?\s*(?:\\[pb]?mod|⟪?\bmod\b\s*⟫?)(?![A-Za-z])\s*\{?(\w+)\}?\s*\)?", r"\\mod \1",
      r"3\pmod{7}", r"3\mod 7"),
     (r"⟪\s*(?:if|when)\s*⟫", "", "⟪if⟫ x>0", " x>0"),
-    (r",(?=[^⟪⟫]*⟫)", "⟫,⟪", "⟪red, blue⟫", "⟪red⟫,⟪ blue⟫"),
+    (r"(?<![^⟪⟫])[^⟪⟫]++⟫", lambda match: match[0].replace(",", "⟫,⟪"), "⟪red, blue⟫",
+     "⟪red⟫,⟪ blue⟫"),
     (r"⟪\s*⟫", "", "5⟪⟫,⟪cm⟫", "5,⟪cm⟫"),
     (r"\\[lc]?dots[a-z]?(?![A-Za-z])|\.\.\.", r"\\dots ", "1,...,n", r"1,\dots ,n"),
-    (r"^(?:[\s:=≈]|⟪?\b(?:about|approximately)\b\s*⟫?)+|[\s.,:]+$", "", "= 5.", "5"),
+    (r"^(?:[\s:=≈]|⟪?\b(?:about|approximately)\b\s*⟫?)+(?:[\s.,:]+$)?|(?<![\s.,:])[\s.,:]+$", "",
+     "= 5.", "5"),
 ]]
 
 

@@ -53,6 +53,33 @@ def test_extraction_takes_the_last_box_then_the_mark_then_the_phrase_then_the_nu
     assert not wrong
 
 
+def hostile_texts(pattern, length):
+    """Repetitions of what a pattern names: its words and signs, and of one sign behind a word."""
+    names = re.sub(r"\(\?[^:>()]*|\\[bdsw]", " ", pattern.pattern)
+    words = set(re.findall("[A-Za-z]{2,}", names))
+    signs = set(re.sub(r"[A-Za-z\s]", "", names)) | set(" \n1aA")
+    for part in signs | words:
+        yield part * (length // len(part)) + "!"
+    for head in words | {"answer is 5", "answer is $5$,", "answer is $5$ cm", "(A)", "**A"}:
+        for part in (" ", "\n", "1", "a", head + " "):
+            yield head + part * (length // len(part)) + "!"
+
+
+def test_what_sees_a_whole_response_takes_time_linear_in_its_length():
+    """A second is generous where time is linear, and far too little where it is quadratic."""
+    finds = [verify.extract_answer, verify.find_letter, verify.choice_letter, verify.last_box]
+    for length in (20_000, 200_000):
+        for function, text in {
+                (function, text)
+                for pattern in (verify.BOX, verify.BRACE, verify.PHRASE, verify.NUMBER,
+                                verify.OPTION, verify.CHOICE_PHRASE, verify.CHOSEN)
+                for text in hostile_texts(pattern, length)
+                for function in (*finds, pattern.findall)}:
+            start = time.process_time()
+            function(text)
+            assert time.process_time() - start < 1, (function, text[:20])
+
+
 def test_equality_does_not_depend_on_which_side_is_which():
     """Between answers without decimals and units, for which the gold side decides."""
     for name in ("fractions", "roots and powers", "symbolic", "sets and lists", "intervals"):

@@ -58,6 +58,8 @@ MATH_TIMEOUT = 5     # seconds; a worker that takes longer is killed
 MAX_LENGTH = 4000    # characters of an answer that is parsed; a longer one is compared as text
 MAX_DEPTH = 50       # of brackets
 MAX_ELEMENTS = 200   # of a list or set
+MAX_BITS = 4096      # of a number worked out in this process
+WORKER_BITS = 1 << 20  # in one that can be killed, which works out roots and logarithms too
 HUNDRED = ("num", Fraction(100), None)
 CONSTANTS = {"e", "i", "pi", "π"}
 
@@ -138,8 +140,8 @@ TEST_FORMS = ({"input": str, "output": str}, {"assert": str},
 PYTHON = ("python", "py", "python3")  # labels of a program
 FENCE = re.compile(r"(?<![`~])(`{3,}+|~{3,}+)[ \t]*+([\w+#.{}-]*+)([^`~]*+)$")
 DECIMAL = re.compile(
-    rb"[+-]?(?:[0-9]++\.[0-9]*+|\.[0-9]++|[0-9]++(?=[eE]))(?:[eE][+-]?[0-9]++)?+")
-SIGNED = re.compile(rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?+|\.[0-9]++)(?:[eE][+-]?[0-9]++)?+")
+    rb"[+-]?(?:[0-9]++\.[0-9]*+|\.[0-9]++|[0-9]++(?=[eE]))(?:[eE][+-]?[0-9]++)?")
+SIGNED = re.compile(rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?")
 GRADER_ERROR = "grader error"
 WORKER_MEMORY = 2 << 30
 DEFAULT_MEMORY = 1 << 31
@@ -148,9 +150,6 @@ MAX_OUTPUT = 64 << 20  # bytes that a program may print
 MAX_YIELDED = 100_000  # values of an iterator
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 SANDBOX = None         # of this process
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_GET_SECCOMP, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = (
-    1, 4, 21, 22, 38)
-CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = 0x20000, 0x8000000, 0x10000000, 0x40000000
 libc = ctypes.CDLL(None, use_errno=True)
 NOT_PRELOADED = re.compile(r"(?:antigravity|distutils|idlelib|lib2to3|this|turtledemo|test)\b"
                            r"|.*(?:__main__|\.tests?\b)")
@@ -833,57 +832,57 @@ def squash(text):
 # Maths: the value of a tree
 
 
-def bounded(value, limit):
-    if value.numerator.bit_length() + value.denominator.bit_length() > limit:
+def bounded(value):
+    if value.numerator.bit_length() + value.denominator.bit_length() > MAX_BITS:
         raise TooBig
     return value
 
 
-def fold(tree, values, limit):
+def fold(tree, values):
     """The tree with its variables put in and everything that is rational worked out exactly: a
-    Fraction, or a tree over Fractions. TooBig beyond `limit` bits."""
+    Fraction, or a tree over Fractions. TooBig beyond MAX_BITS."""
     match tree:
         case Fraction():
             return tree
         case ("num", value, _):
-            return bounded(value, limit)
+            return bounded(value)
         case ("sym", name):
             return values.get(name, tree)
         case ("+" | "*" as kind, items):
             total, rest = Fraction(kind == "*"), []
-            for item in (fold(item, values, limit) for item in items):
+            for item in (fold(item, values) for item in items):
                 if isinstance(item, Fraction):
-                    total = bounded(total + item if kind == "+" else total * item, limit)
+                    total = bounded(total + item if kind == "+" else total * item)
                 else:
                     rest.append(item)
             return (kind, [total, *rest]) if rest else total
         case ("/", a, b) | ("call", "frac", [a, b]):
-            a, b = fold(a, values, limit), fold(b, values, limit)
+            a, b = fold(a, values), fold(b, values)
             if b == 0:
                 raise NotMath
             both = isinstance(a, Fraction) and isinstance(b, Fraction)
-            return bounded(a / b, limit) if both else ("/", a, b)
+            return bounded(a / b) if both else ("/", a, b)
         case ("^", a, b):
-            return power(fold(a, values, limit), fold(b, values, limit), limit)
+            return power(fold(a, values), fold(b, values))
         case ("call", "root", [a, n]):
-            return fold(("^", a, ("/", Fraction(1), n)), values, limit)
+            return fold(("^", a, ("/", Fraction(1), n)), values)
         case ("call", name, arguments):
-            arguments = [fold(item, values, limit) for item in arguments]
+            arguments = [fold(item, values) for item in arguments]
             if all(isinstance(item, Fraction) for item in arguments) and name in RATIONAL:
-                return bounded(RATIONAL[name](limit, *arguments), limit)
+                return bounded(RATIONAL[name](*arguments))
             return ("call", name, arguments)
     raise NotMath
 
 
-def power(a, b, limit):
+def power(a, b):
     """a^b of folded trees: a Fraction where both are and the result is, else the tree."""
     if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
         return ("^", a, b)
     if a == 0 and b <= 0:
         raise NotMath
     if a < 0 and b.denominator % 2 and b.denominator > 1:  # the real root
-        root = power(-a, b, limit)
-        return root if b.numerator % 2 == 0 else fold(("*", [Fraction(-1), root]), {}, limit)
+        root = power(-a, b)
+        return root if b.numerator % 2 == 0 else fold(("*", [Fraction(-1), root]), {})
     if b.denominator != 1:
         root = exact_root(a, b.denominator)
         if root is None:
@@ -891,7 +890,7 @@ def power(a, b, limit):
         a, b = root, Fraction(b.numerator)
     if a in (0, 1, -1):
         return a ** (int(b) % 2 or 2)
-    if (a.numerator.bit_length() + a.denominator.bit_length()) * abs(b) > limit:
+    if (a.numerator.bit_length() + a.denominator.bit_length()) * abs(b) > MAX_BITS:
         raise TooBig
     return a ** int(b)
 
@@ -924,16 +923,16 @@ def whole(value, most):
 
 
 RATIONAL = {  # functions whose value is rational where their arguments are
-    "abs": lambda limit, x: abs(x),
-    "floor": lambda limit, x: Fraction(math.floor(x)),
-    "ceil": lambda limit, x: Fraction(math.ceil(x)),
-    "factorial": lambda limit, n: Fraction(math.factorial(whole(n, limit // 8))),
-    "factorial2": lambda limit, n: Fraction(math.prod(range(whole(n, limit // 8), 0, -2))),
-    "binom": lambda limit, n, k: Fraction(math.comb(whole(n, limit), whole(k, limit // 8))),
-    "gcd": lambda limit, *items: Fraction(math.gcd(*(whole(abs(x), 1 << limit) for x in items))),
-    "lcm": lambda limit, *items: Fraction(math.lcm(*(whole(abs(x), 1 << limit) for x in items))),
-    "max": lambda limit, *items: max(items),
-    "min": lambda limit, *items: min(items),
+    "abs": lambda x: abs(x),
+    "floor": lambda x: Fraction(math.floor(x)),
+    "ceil": lambda x: Fraction(math.ceil(x)),
+    "factorial": lambda n: Fraction(math.factorial(whole(n, MAX_BITS // 8))),
+    "factorial2": lambda n: Fraction(math.prod(range(whole(n, MAX_BITS // 8), 0, -2))),
+    "binom": lambda n, k: Fraction(math.comb(whole(n, MAX_BITS), whole(k, MAX_BITS // 8))),
+    "gcd": lambda *items: Fraction(math.gcd(*(whole(abs(x), 1 << MAX_BITS) for x in items))),
+    "lcm": lambda *items: Fraction(math.lcm(*(whole(abs(x), 1 << MAX_BITS) for x in items))),
+    "max": lambda *items: max(items),
+    "min": lambda *items: min(items),
 }
 
 
@@ -992,7 +991,7 @@ def transcendental(name, values, mp, log):
 # Maths: equality
 
 
-def same(a, b, effort):
+def same(a, b):
     """Whether two trees, predicted and gold, are one answer. Raises NotMath where they cannot be
     compared, TooBig where it takes more than this effort allows."""
     if a == b:
@@ -1010,33 +1009,33 @@ def same(a, b, effort):
         case (("text", x), ("sym", y)) | (("sym", y), ("text", x)):
             return x == y.lower()
         case ("rel", *_), _:
-            return same_relation(a, b, effort)
+            return same_relation(a, b)
         case _, ("rel", *_):
-            return same_relation(b, a, effort)
+            return same_relation(b, a)
         case ("unit", x, _), ("unit", y, _):  # percent signs: no other unit is left
-            return same(x, y, effort)
+            return same(x, y)
         case ("unit", x, _), _:
-            return same(x, b, effort) or same(("/", x, HUNDRED), b, effort)
+            return same(x, b) or same(("/", x, HUNDRED), b)
         case _, ("unit", y, _):
-            return same(a, y, effort) or same(a, ("/", y, HUNDRED), effort)
+            return same(a, y) or same(a, ("/", y, HUNDRED))
         case ("seq", "{", "}", x) | ("union", x), ("seq", "{", "}", y) | ("union", y):
-            return same_elements(x, y, effort)
+            return same_elements(x, y)
         case (("seq", "{", "}", [x]), y) | (y, ("seq", "{", "}", [x])):
-            return same(x, y, effort)
+            return same(x, y)
         case ("seq", "{", "}", x), ("seq", "(", ")", _) if point(x):
-            return same(point(x), b, effort)
+            return same(point(x), b)
         case ("seq", "(", ")", _), ("seq", "{", "}", y) if point(y):
-            return same(a, point(y), effort)
+            return same(a, point(y))
         case ("seq", *brackets, x), ("seq", *others, y):
             return brackets == others and len(x) == len(y) and all(
-                same(p, q, effort) for p, q in zip(x, y, strict=True))
+                same(p, q) for p, q in zip(x, y, strict=True))
         case ("matrix", x), ("matrix", y):
             return list(map(len, x)) == list(map(len, y)) and all(
-                same(p, q, effort) for row, other in zip(x, y, strict=True)
+                same(p, q) for row, other in zip(x, y, strict=True)
                 for p, q in zip(row, other, strict=True))
     if a[0] in STRUCTURES or b[0] in STRUCTURES:
         return False
-    return same_value(a, b, effort)
+    return same_value(a, b)
 
 
 def without_unit(tree, other):
@@ -1051,47 +1050,47 @@ def without_unit(tree, other):
     return tree
 
 
-def same_elements(a, b, effort):
+def same_elements(a, b):
     """Equal as unordered lists: each element has its partner, and none is left."""
     if len(a) != len(b) or len(a) > MAX_ELEMENTS:
         return False
     left = list(b)
     for x in a:
-        partner = next((i for i, y in enumerate(left) if same(x, y, effort)), None)
+        partner = next((i for i, y in enumerate(left) if same(x, y)), None)
         if partner is None:
             return False
         del left[partner]
     return True
 
 
-def same_relation(a, b, effort):
+def same_relation(a, b):
     """a is a relation: an equation, an inequality or a chain of them."""
-    a, b = simplified(a, effort), simplified(b, effort)
+    a, b = simplified(a), simplified(b)
     if a[0] != "rel":
-        return same(a, b, effort)
+        return same(a, b)
     span, other = interval(a), interval(b)
     if b[0] != "rel":
         for name, value in ((a[2][0], a[2][-1]), (a[2][-1], a[2][0])):
             if a[1] == ["="] and is_name(name) and (
                     name[0] == "*" or not symbols(value) & symbols(name)):
-                return same(value, b, effort)
-        return span is not None and same(span[1], b, effort)
+                return same(value, b)
+        return span is not None and same(span[1], b)
     if span and other:
-        return span[0] == other[0] and same(span[1], other[1], effort)
+        return span[0] == other[0] and same(span[1], other[1])
     if a[1] != b[1]:
         return False
     if len(a[1]) > 1 or any(side[0] in STRUCTURES for side in a[2] + b[2]):
-        return all(same(p, q, effort) for p, q in zip(a[2], b[2], strict=True))
+        return all(same(p, q) for p, q in zip(a[2], b[2], strict=True))
     (p, q), (r, s) = a[2], b[2]
-    return proportional(("+", [p, negated(q)]), ("+", [r, negated(s)]), a[1][0] in "<≤", effort)
+    return proportional(("+", [p, negated(q)]), ("+", [r, negated(s)]), a[1][0] in "<≤")
 
 
-def simplified(tree, effort):
+def simplified(tree):
     """x = 6/2 = 3 is x = 3, 2 + 5 = 7 is 7, 1/3 ≈ 0.33 is 1/3; 3 > x is x < 3."""
     match tree:
         case ("rel", operators, sides) if set(operators) <= {"=", "≈"}:
             if operators == ["≈"] and not symbols(tree):
-                return sides[0] if same(*sides, effort) else ("rel", ["contradiction"], sides)
+                return sides[0] if same(*sides) else ("rel", ["contradiction"], sides)
             if operators[-1] == "≈" and len(sides) > 2:
                 sides = sides[:-1]
             named = is_name(sides[0]) and len(sides) > 1
@@ -1099,7 +1098,7 @@ def simplified(tree, effort):
             if named and not symbols(values[-1]):  # A = pi r^2 = 9 pi
                 values = [value for value in values if is_name(value) or not symbols(value)]
             if len(values) > 1 and (named or not symbols(tree)) and not all(
-                    same(value, values[-1], effort) for value in values[:-1]):
+                    same(value, values[-1]) for value in values[:-1]):
                 return ("rel", ["contradiction"], sides)
             if named:
                 return ("rel", ["="], [sides[0], values[-1]])
@@ -1158,7 +1157,7 @@ def interval(tree):
     return None
 
 
-def same_value(a, b, effort):
+def same_value(a, b):
     """Equal numbers, or expressions that agree at random points.
 
     Whatever is rational is compared exactly. Otherwise both sides are worked out to a precision
@@ -1167,8 +1166,8 @@ def same_value(a, b, effort):
     hundred digits by chance."""
     names = sorted(symbols(a) | symbols(b))
     if not names:
-        x, y = fold(a, {}, effort.bits), fold(b, {}, effort.bits)
-        if agree(x, y, effort):
+        x, y = fold(a, {}), fold(b, {})
+        if agree(x, y):
             return True
         places = decimal_places(b)
         if places is None or has_decimals(a) or isinstance(x, Fraction) and x.denominator == 1:
@@ -1176,12 +1175,12 @@ def same_value(a, b, effort):
         # does an exact prediction round to the gold's digits?
         if isinstance(x, Fraction) and isinstance(y, Fraction):
             return abs(x - y) <= Fraction(10) ** -places / 2
-        mp = effort.mpmath(60)
+        mp = mpmath_with(60)
         return abs(numeric(x, mp, 0) - numeric(y, mp, 0)) * 2 * mp.mpf(10) ** places <= 1
     if symbols(a) != symbols(b) and not (a[0] in "+*/^" or b[0] in "+*/^"):
         return False
-    return on_points(names, lambda values: agree(fold(a, values, effort.bits),
-                                                 fold(b, values, effort.bits), effort))
+    return on_points(names, lambda values: agree(fold(a, values),
+                                                 fold(b, values)))
 
 
 def points(names):
@@ -1216,18 +1215,18 @@ def on_points(names, agrees):
     return agreed >= 3
 
 
-def agree(x, y, effort):
+def agree(x, y):
     """Whether two folded trees have the same value. A plain log has base e or base 10."""
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return x == y
     digits = 60 + 2 * (size(x) + size(y))
-    return any(agree_numeric(x, y, digits, effort, log) for log in ((0, 10) if "log" in
+    return any(agree_numeric(x, y, digits, log) for log in ((0, 10) if "log" in
                str((x, y)) else (0,)))
 
 
-def agree_numeric(x, y, digits, effort, log):
+def agree_numeric(x, y, digits, log):
     for precision in (digits, 4 * digits):
-        mp = effort.mpmath(precision)
+        mp = mpmath_with(precision)
         a, b = numeric(x, mp, log), numeric(y, mp, log)
         scale, difference = max(abs(a), abs(b)), abs(a - b)
         if not mp.isfinite(scale):
@@ -1248,7 +1247,7 @@ def size(tree):
     return 0
 
 
-def proportional(a, b, positive, effort):
+def proportional(a, b, positive):
     """Whether a = k b with a constant k: two equations are one where their differences are. For
     an inequality k is positive."""
     if not symbols(a) or symbols(a) != symbols(b):
@@ -1257,33 +1256,24 @@ def proportional(a, b, positive, effort):
 
     def agrees(values):
         nonlocal ratio
-        x, y = fold(a, values, effort.bits), fold(b, values, effort.bits)
+        x, y = fold(a, values), fold(b, values)
         this = x / y if isinstance(x, Fraction) and isinstance(y, Fraction) else ("/", x, y)
         ratio = this if ratio is None else ratio
-        sign = this if isinstance(this, Fraction) else numeric(this, effort.mpmath(60), 0)
+        sign = this if isinstance(this, Fraction) else numeric(this, mpmath_with(60), 0)
         if positive and (getattr(sign, "imag", 0) != 0 or sign < 0):
             return False
-        return agree(this, ratio, effort)
+        return agree(this, ratio)
     return on_points(sorted(symbols(a)), agrees)
 
 
-class Effort:
-    """How much a comparison may cost: little in this process, more in one that can be killed."""
-
-    def __init__(self, bits, numeric):
-        self.bits, self.numeric = bits, numeric
-
-    def mpmath(self, precision):
-        if not self.numeric:
-            raise TooBig
-        if precision > 20000:
-            raise NotMath
-        import mpmath
-        mpmath.mp.dps = precision
-        return mpmath.mp
-
-
-HERE, ELSEWHERE = Effort(4096, numeric=False), Effort(1 << 20, numeric=True)
+def mpmath_with(digits):
+    if MAX_BITS < WORKER_BITS:
+        raise TooBig
+    if digits > 20000:
+        raise NotMath
+    import mpmath
+    mpmath.mp.dps = digits
+    return mpmath.mp
 
 
 def plain(text):
@@ -1305,7 +1295,7 @@ def choice_letter(text):
     return (match[1] or match[2] or match[3]).upper()
 
 
-def compare(predicted, gold, effort):
+def compare(predicted, gold):
     """Whether two answers are equal, by rules of rising cost; raises TooBig."""
     if predicted.strip() == gold.strip():
         return True
@@ -1313,7 +1303,7 @@ def compare(predicted, gold, effort):
         return choice_letter(predicted) == letter
     try:
         a, b = parse(predicted), parse(gold)
-        return same(a, b, effort)
+        return same(a, b)
     except NotMath:
         try:
             a, b = respell(predicted), respell(gold)
@@ -1329,7 +1319,7 @@ def equal(predicted, gold):
     """`compare` in a process that may be killed. What a hostile formula provokes in the arithmetic
     is no equality."""
     try:
-        return compare(predicted, gold, ELSEWHERE)
+        return compare(predicted, gold)
     except (ArithmeticError, ValueError, TooBig):
         return False
 
@@ -1355,7 +1345,7 @@ def is_number(gold):
         tree = parse(gold)
         if tree[0] == "unit":
             tree = tree[1]
-        return isinstance(fold(tree, {}, HERE.bits), Fraction)
+        return isinstance(fold(tree, {}), Fraction)
     except (NotMath, TooBig, ArithmeticError, ValueError, RecursionError):
         return False
 
@@ -1464,27 +1454,19 @@ def is_test(test):
 
 
 def can_fail(test):
-    """Whether a test says anything: in one under `assert` there must be an assert that is run."""
+    """Whether a test says anything: in one under `assert` an assert must be run. What is not are
+    functions and classes that nothing names, and what is there for a script's start."""
     if "assert" not in test:
         return True
     tree = syntax_tree(test["assert"])
-    return tree is not None and any(
-        isinstance(node, (ast.Assert, ast.Raise)) or
-        getattr(node, "id", getattr(node, "attr", "")).startswith("assert")
-        for node in nodes_run(tree))
-
-
-def nodes_run(tree):
-    """The nodes of a test that are run: not those of functions and classes that nothing names, nor
-    what is there for a script's start."""
-    defined = {node.name: node for node in tree.body if hasattr(node, "name")}
-    waiting = [node for node in tree.body if not hasattr(node, "name") and not (
-        isinstance(node, ast.If) and "'__name__'" in ast.dump(node.test))]
-    while waiting:
-        for node in ast.walk(waiting.pop()):
-            yield node
-            if getattr(node, "id", None) in defined:
-                waiting.append(defined.pop(node.id))
+    if tree is None:
+        return False
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    run = [node for statement in tree.body for node in ast.walk(statement)
+           if getattr(statement, "name", None) in {None, *used}
+           and "'__name__'" not in ast.dump(getattr(statement, "test", statement))]
+    return any(isinstance(node, (ast.Assert, ast.Raise)) or getattr(node, "id", getattr(
+        node, "attr", "")).startswith("assert") for node in run)
 
 
 def same_output(expected, got):
@@ -1537,8 +1519,7 @@ class Sandbox:
 
     def __init__(self, file=__file__):
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = {"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
-                       "MKL_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",
+        environment = {"LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",
                        # some builds of Python do not start without
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         set_limit(resource.RLIMIT_STACK, 1 << 29)  # for deep recursion: it takes effect at an exec
@@ -1687,8 +1668,7 @@ def failure(code, result):
         return name
     if re.fullmatch(r"[\w ]+", name):
         return f"runtime error: {name}"
-    names = {-number: number.name for number in signal.Signals}
-    return f"runtime error: {names.get(code, f'exit code {code}')}"
+    return f"runtime error: {f'exit {code}' if code >= 0 else f'signal {-code}'}"
 
 
 def code_verdict(response, tests, *limits, **options):
@@ -1707,21 +1687,22 @@ def zygote(descriptor):
     """The process that a Sandbox talks to. It imports what programs may want, for they can open no
     file; gives up the network; and forks on request. It never reads what it hands on."""
     channel = socket.socket(fileno=descriptor)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_limit(resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS)[1])  # not the worker's
     sys.set_int_max_str_digits(0)
     threading.stack_size(16 << 20)  # a thread's default is the raised limit of the stack
     zones = preload()  # noqa: F841 - held here, as zoneinfo finds only what somebody holds
+    sys.stdout.flush()  # some modules print: the program's output is not the place for it
     names_of(*USUAL_MODULES), names_of(*CONTEST_MODULES)
     gc.collect()
     gc.freeze()
     root = os.getuid() == 0
     # root becomes a user that no one else is, so that its limits count this sandbox's tasks alone
+    can_filter = libc.prctl(21, 0, 0, 0, 0) >= 0  # PR_GET_SECCOMP
     own = {"parent": os.getpid(), "uid": root and 200_000_000 + os.getpid() % 100_000_000,
            "tasks": 64 + (0 if root else tasks_of(os.getuid())), "limits": True,
-           "seccomp": os.uname().machine in MACHINES and libc.prctl(PR_GET_SECCOMP, 0, 0, 0, 0) >= 0,
+           "seccomp": os.uname().machine in MACHINES and can_filter,
            "namespaces": enter_namespaces()}
-    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     channel.send(json.dumps(own).encode())
     while True:
         message, files, _, _ = socket.recv_fds(channel, 10000, 4)
@@ -1831,8 +1812,7 @@ def confine(request):
         os.setresuid(uid, uid, uid)
     # no capabilities: version 3, this process (linux/capability.h)
     libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
-    libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # else /proc/self and /dev/stdin are root's
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     if os.getppid() != request["parent"]:
         os._exit(71)
     if request["seccomp"]:
@@ -1855,9 +1835,7 @@ def run_program_here(mode):
         setup, code = json.load(source)
     call = json.load(open(0, "rb", closefd=False)) if mode == "call" else None
     builtins.open = io.open = open_by_number
-    sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = [
-        open(number, "w" if number else "r", encoding="utf-8", errors="surrogateescape",
-             closefd=False) for number in (0, 1, 2)]
+    sys.stdin.reconfigure(errors="surrogateescape")
     module = type(sys)("__main__" if mode == "main" else "solution")
     sys.modules["__main__"] = sys.modules[module.__name__] = module
     sys.argv[:] = ["program.py"]
@@ -1921,8 +1899,9 @@ class NotPlain(Exception):
 
 def error_line(error):
     """What a process reports of an exception."""
-    names = {MemoryError: "memory", SyntaxError: "syntax error", NotPlain: str(error)}
-    name = next((names[kind] for kind in names if isinstance(error, kind)), type(error).__name__)
+    name = str(error) if isinstance(error, NotPlain) else type(error).__name__
+    for kind, said in ((MemoryError, "memory"), (SyntaxError, "syntax error")):
+        name = said if isinstance(error, kind) else name
     return b"error " + name.encode("utf-8", "replace")[:99]
 
 
@@ -2094,7 +2073,7 @@ def enter_namespaces():
     """No network, no shared memory, mounts of our own. An ordinary user needs a user namespace
     for that, which some systems do not grant."""
     uid, gid = os.getuid(), os.getgid()
-    flags = CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWNS | (CLONE_NEWUSER if uid else 0)
+    flags = 0x48020000 | (0x10000000 if uid else 0)  # CLONE_NEWNET, NEWIPC, NEWNS; NEWUSER
     if libc.unshare(flags) != 0:
         return False
     try:
@@ -2177,7 +2156,7 @@ def assembled(lines):
 def install_filter(program):
     buffer = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
-    if libc.prctl(PR_SET_SECCOMP, 2, header, 0, 0) != 0:
+    if libc.prctl(22, 2, header, 0, 0) != 0:  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
         os._exit(72)  # never run a program unconfined
 
 
@@ -2192,6 +2171,8 @@ TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
 def sample_verdict(sample, **options):
     """The verdict on a sample (a problem's fields, response, finish_reason). BadInput where a field
     is missing or wrong; options go to program_verdict."""
+    if not isinstance(sample, dict):
+        raise BadInput("the row is no object")
     kind, response = sample.get("kind"), sample.get("response")
     if kind not in ("math", "choice", "code"):
         raise BadInput(f"field kind is {kind!r}: math, choice or code")
@@ -2227,17 +2208,6 @@ def keeps_structure(sample):
     return equal(ours, theirs) if kind == "math" else ours.split() == theirs.split()
 
 
-def line_verdict(line, **options):
-    """The verdict on a sample as a line of JSON."""
-    try:
-        sample = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"no JSON ({error})") from None
-    if not isinstance(sample, dict):
-        raise BadInput("the row is no object")
-    return sample_verdict(sample, **options)
-
-
 class BadInput(ValueError):
     """One line for the user: exit status 2."""
 
@@ -2254,7 +2224,7 @@ class Worker:
         self.connection, theirs = multiprocessing.Pipe()
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", str(theirs.fileno())],
-            stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+            stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
 
     def outcome(self):
@@ -2309,11 +2279,10 @@ def begin(call):
 def work(descriptor):
     """A worker's process. The kernel's alarm ends it when a verdict takes too long; an exception is
     the verdict on the sample that caused it."""
-    global SANDBOX
+    global SANDBOX, MAX_BITS
+    MAX_BITS = WORKER_BITS
     connection = multiprocessing.connection.Connection(descriptor)
     threading.Thread(target=end_with, args=[connection], daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     set_limit(resource.RLIMIT_AS, WORKER_MEMORY)
     sys.setrecursionlimit(5000)
     sys.set_int_max_str_digits(1_000_000)  # to read more takes a second
@@ -2354,7 +2323,7 @@ def math_equal(predicted, gold):
     """Whether two answers are the same: bare LaTeX or text, or with a box around it. False where
     that cannot be decided within MATH_TIMEOUT seconds."""
     try:
-        return compare(predicted, gold, HERE)
+        return compare(predicted, gold)
     except TooBig:
         return ask("equality_verdict", predicted, gold).passed
     except (ArithmeticError, ValueError):
@@ -2531,7 +2500,7 @@ def end_with_parent():
     comes about. If it has ended already, a process that is no Python is the parent now."""
     if sys.platform != "linux":
         return
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
         if b"python" not in file.read():
             print("error: what started this process is gone", file=sys.stderr, flush=True)
@@ -2612,30 +2581,29 @@ def check_above_0(args, *names):
 # The command
 
 
-def input_lines(names):
-    """(place, line) of every row of the files; blank lines count for the place only."""
+def input_rows(names):
+    """(place, row) of every row of the files; blank lines count for the place only."""
     for name in names:
-        number = 0
-        with open(name, encoding="utf-8") as file:
-            try:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield f"{name}:{number}", line
-            except UnicodeDecodeError as error:
-                raise BadInput(f"{name}: not UTF-8 after line {number} ({error.reason})") from None
+        with open(name, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield f"{name}:{number}", json.loads(line)
+                    except (ValueError, RecursionError) as error:
+                        raise BadInput(f"{name}:{number}: {error}") from None
 
 
-def resume(out, lines, summary):
-    """Skip the rows of `lines` that `out` holds already: a line that a kill has torn is cut off,
-    and each row must be the one that was verified. Returns how many there are."""
+def resume(out, rows, summary):
+    """Skip the rows that `out` holds already: a line that a kill has torn is cut off, and each must
+    be the verdict on its row. Returns how many there are."""
     count = end = 0
     with open(out, "rb+") as file:
         for line in file:
             if line.startswith(b"{") and not line.endswith(b"\n"):
                 break
-            place, given = next(lines, ("any row of the input", "{}"))
+            place, given = next(rows, ("any row of the input", {}))
             try:
-                row, given = json.loads(line), json.loads(given)
+                row = json.loads(line)
                 same = all(given.get(name) == row[name] for name in (
                     "source", "id", "sample", "response") if name in row)
                 summary.add(row)
@@ -2649,15 +2617,14 @@ def resume(out, lines, summary):
     return count
 
 
-def verified_rows(lines, workers, options):
-    """The rows of (place, line) with their verdicts."""
-    lines, ahead = itertools.tee(lines)
-    calls = (("line_verdict", [line], options) for _, line in ahead)
-    for (place, line), outcome in zip(lines, judged(calls, workers), strict=False):
+def verified_rows(rows, workers, options):
+    """The rows with their verdicts."""
+    rows, ahead = itertools.tee(rows)
+    calls = (("sample_verdict", [row], options) for _, row in ahead)
+    for (place, row), outcome in zip(rows, judged(calls, workers), strict=False):
         if isinstance(outcome, str):
             raise BadInput(f"{place}: {outcome}")
-        yield json.loads(line) | {"passed": outcome.passed, "extracted": outcome.extracted,
-                                  "reason": outcome.reason}
+        yield row | outcome._asdict()
 
 
 def keep(verified, path, per_problem):
@@ -2719,11 +2686,11 @@ def main():
     for path in paths:
         if os.path.isdir(path):
             raise BadInput(f"{path} is a folder: name a file")
-    summary, lines = Summary(), input_lines(args.samples)
-    done = resume(args.out, lines, summary) if os.path.exists(args.out) else 0
+    summary, rows = Summary(), input_rows(args.samples)
+    done = resume(args.out, rows, summary) if os.path.exists(args.out) else 0
     if done:
         print(f"{args.out}: {done} rows are verified already", file=sys.stderr)
-    rows = verified_rows(lines, args.workers, {
+    rows = verified_rows(rows, args.workers, {
         "timeout": args.timeout, "memory": args.memory, "allow_unsafe": args.allow_unsafe})
     head = list(itertools.islice(rows, 1))  # rows that are refused create nothing
     if not head and not done:

@@ -25,11 +25,15 @@ import fcntl
 import functools
 import gc
 import hashlib
-import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import io
 import itertools
 import json
+import marshal
 import math
+import mmap
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -151,10 +155,10 @@ MAX_YIELDED = 100_000  # values of an iterator
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 SANDBOX = None         # of this process
 libc = ctypes.CDLL(None, use_errno=True)
-NOT_PRELOADED = re.compile(r"(?:antigravity|distutils|idlelib|lib2to3|this|turtledemo|test)\b"
-                           r"|.*(?:__main__|\.tests?\b)")
-NUMPY_MODULES = ("numpy", "numpy.random", "numpy.linalg", "numpy.fft", "numpy.polynomial",
-                 "numpy.ma")
+PRELOADED = """array calendar cmath collections.abc concurrent.futures.thread dataclasses decimal
+    enum fractions graphlib hashlib inspect numbers numpy numpy.random numpy.linalg numpy.fft
+    numpy.polynomial numpy.ma pprint queue secrets string textwrap threading time timeit traceback
+    types typing unittest urllib.parse uuid""".split()
 # What a test under `assert` finds without an import, and what a call test does, as in
 # LiveCodeBench's runner (lcb_runner/evaluation/testing_util.py): all names of these modules.
 USUAL_MODULES = "bisect collections functools heapq itertools math typing".split()
@@ -1461,12 +1465,15 @@ def can_fail(test):
     tree = syntax_tree(test["assert"])
     if tree is None:
         return False
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    run = [node for statement in tree.body for node in ast.walk(statement)
-           if getattr(statement, "name", None) in {None, *used}
-           and "'__name__'" not in ast.dump(getattr(statement, "test", statement))]
-    return any(isinstance(node, (ast.Assert, ast.Raise)) or getattr(node, "id", getattr(
-        node, "attr", "")).startswith("assert") for node in run)
+    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for statement in tree.body:
+        at_start = isinstance(statement, ast.If) and "__name__" in ast.dump(statement.test)
+        if not at_start and getattr(statement, "name", None) in {None, *named}:
+            for node in ast.walk(statement):
+                name = getattr(node, "id", getattr(node, "attr", ""))
+                if isinstance(node, (ast.Assert, ast.Raise)) or name.startswith("assert"):
+                    return True
+    return False
 
 
 def same_output(expected, got):
@@ -1528,7 +1535,7 @@ class Sandbox:
             cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()])
         theirs.close()
-        self.layers = json.loads(self.socket.recv(1000))
+        self.confinement = json.loads(self.socket.recv(1000))
         codes, output, _ = self.run("main", ["", PROBE], str(os.getpid()).encode())
         self.holes = output.decode().split() if codes == [0] else [f"end with {codes}"]
 
@@ -1609,9 +1616,9 @@ def the_sandbox(allow_unsafe=False):
 
 def containment_verdict(allow_unsafe):
     """What confines programs here, as the reason of a verdict."""
-    layers = the_sandbox(allow_unsafe).layers
-    return Verdict(True, "programs are confined by " + ", ".join(
-        name for name in ("seccomp", "limits", "uid", "namespaces") if layers[name]))
+    holds = the_sandbox(allow_unsafe).confinement
+    return Verdict(True, "programs are confined by limits" + ", a user of their own" * bool(
+        holds["uid"]) + ", a system-call filter" * holds["seccomp"])
 
 
 def program_verdict(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=False):
@@ -1685,23 +1692,24 @@ def code_verdict(response, tests, *limits, **options):
 
 def zygote(descriptor):
     """The process that a Sandbox talks to. It imports what programs may want, for they can open no
-    file; gives up the network; and forks on request. It never reads what it hands on."""
+    file, then forks on request. It never reads what it hands on."""
     channel = socket.socket(fileno=descriptor)
     set_limit(resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS)[1])  # not the worker's
     sys.set_int_max_str_digits(0)
     threading.stack_size(16 << 20)  # a thread's default is the raised limit of the stack
-    zones = preload()  # noqa: F841 - held here, as zoneinfo finds only what somebody holds
-    sys.stdout.flush()  # some modules print: the program's output is not the place for it
-    names_of(*USUAL_MODULES), names_of(*CONTEST_MODULES)
+    for name in PRELOADED:
+        try_import(name)
+    sys.meta_path.insert(0, Shelf())
+    sys.stdout.flush()  # what a module has printed
+    names_of(*USUAL_MODULES), names_of(*CONTEST_MODULES), system_call_filter(os.uname().machine)
     gc.collect()
     gc.freeze()
     root = os.getuid() == 0
     # root becomes a user that no one else is, so that its limits count this sandbox's tasks alone
     can_filter = libc.prctl(21, 0, 0, 0, 0) >= 0  # PR_GET_SECCOMP
     own = {"parent": os.getpid(), "uid": root and 200_000_000 + os.getpid() % 100_000_000,
-           "tasks": 64 + (0 if root else tasks_of(os.getuid())), "limits": True,
-           "seccomp": os.uname().machine in MACHINES and can_filter,
-           "namespaces": enter_namespaces()}
+           "tasks": 64 + (0 if root else tasks_of(os.getuid())),
+           "seccomp": os.uname().machine in MACHINES and can_filter}
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     channel.send(json.dumps(own).encode())
     while True:
@@ -1714,19 +1722,44 @@ def zygote(descriptor):
         channel.send(json.dumps(codes).encode())
 
 
-def preload():
-    """Imports the standard library down to its submodules, and numpy; returns all time zones."""
-    folders = [sysconfig.get_path("stdlib"), sysconfig.get_config_var("DESTSHARED") or ""]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        modules = [module.name for module in pkgutil.walk_packages(folders, onerror=str)]
-        for name in (*modules, *NUMPY_MODULES):
-            try:
-                if not NOT_PRELOADED.match(name):
-                    importlib.import_module(name)
-            except BaseException:  # this build or machine lacks it
-                pass
-    return [zoneinfo.ZoneInfo(name) for name in zoneinfo.available_timezones()]
+class Shelf(importlib.abc.Loader):
+    """The standard library as code in memory that a fork need not copy. As a finder of modules it
+    needs no file, which a program could not open; only what is written in C is imported at once."""
+
+    def __init__(self):
+        self.places, self.code = {}, bytearray()
+        self.take([sysconfig.get_path("stdlib"), sysconfig.get_config_var("DESTSHARED") or ""])
+        file = memory_file(self.code)
+        self.code = mmap.mmap(file, len(self.code), mmap.MAP_PRIVATE, mmap.PROT_READ)
+        os.close(file)
+        # weakly held by zoneinfo itself
+        self.zones = [zoneinfo.ZoneInfo(name) for name in zoneinfo.available_timezones()]
+
+    def take(self, folders, prefix=""):
+        for module in pkgutil.iter_modules(folders, prefix):
+            spec = module.module_finder.find_spec(module.name)
+            if isinstance(spec.loader, importlib.machinery.ExtensionFileLoader):
+                try_import(module.name)
+            elif module.name != "test":
+                start = len(self.code)
+                self.code += marshal.dumps(spec.loader.get_code(module.name))
+                self.places[module.name] = start, module.ispkg
+                self.take(spec.submodule_search_locations or (), module.name + ".")
+
+    def find_spec(self, name, path, target=None):
+        if name in self.places:
+            return importlib.util.spec_from_loader(name, self, is_package=self.places[name][1])
+
+    def exec_module(self, module):
+        code = marshal.loads(memoryview(self.code)[self.places[module.__name__][0]:])
+        exec(code, module.__dict__)
+
+
+def try_import(name):
+    try:
+        importlib.import_module(name)
+    except Exception:  # this build or machine lacks it
+        pass
 
 
 @functools.cache
@@ -1803,20 +1836,19 @@ def wait_for(pids, timeout, channel):
 
 
 def confine(request):
-    """What a child does to itself before a byte of the program is parsed: limits, user,
-    capabilities, and last the filter, which forbids what came before it."""
+    """What a child does to itself before a byte of the program is parsed: limits, user, and last
+    the filter, which forbids what came before it."""
     limit_resources(request)
     if uid := request["uid"]:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    # no capabilities: version 3, this process (linux/capability.h)
-    libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
     libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     if os.getppid() != request["parent"]:
         os._exit(71)
     if request["seccomp"]:
-        install_filter(system_call_filter(os.uname().machine, os.getpid()))
+        install_filter(system_call_filter(os.uname().machine).replace(
+            struct.pack("I", OWN_PID), struct.pack("I", os.getpid())))
 
 
 def limit_resources(request):
@@ -1848,8 +1880,10 @@ def run_program_here(mode):
         exec(setup, module.__dict__)
         exec(code, module.__dict__)
         if mode == "call":
-            value = find_function(module.__dict__, call[0])(*call[1])
-            put(3, json.dumps(value, default=as_json).encode())
+            holder = module.__dict__.get("Solution")
+            function = getattr(holder(), call[0]) if hasattr(holder, call[0]) else (
+                module.__dict__[call[0]])
+            put(3, json.dumps(function(*call[1]), default=as_json).encode())
         elif mode == "serve":
             answer_calls(module.__dict__)
     except SystemExit as error:
@@ -1871,12 +1905,6 @@ def open_by_number(file, *arguments, real=io.open, **keywords):
     """open(), which finds standard input and output also where nothing may be opened."""
     number = {"/dev/stdin": 0, "/dev/stdout": 1}.get(file)
     return real(file if number is None else os.dup(number), *arguments, **keywords)
-
-
-def find_function(namespace, name):
-    if "Solution" in namespace and hasattr(namespace["Solution"], name):
-        return getattr(namespace["Solution"](), name)
-    return namespace[name]
 
 
 def as_json(value):
@@ -2035,26 +2063,18 @@ def decode(form):
     return kind(parts) if PARTS.get(kind) in (iter, dict.items) else kind(*parts)
 
 
-def reduced(kind, value):
-    """The arguments that make an equal value, as pickle would have them."""
-    return kind.__reduce__(value)[1]
-
-
-def named_tuple(name, fields, *items):
-    return collections.namedtuple(name, fields)(*items)
-
-
 # What crosses, and how it comes apart: by `iter` and `items` what it is made of, else arguments.
 PARTS = {
     **dict.fromkeys((list, tuple, set, frozenset, bytes, collections.deque), iter),
     **dict.fromkeys((dict, collections.OrderedDict), dict.items),
-    **{kind: functools.partial(reduced, kind) for kind in (
+    **{kind: lambda value, kind=kind: kind.__reduce__(value)[1] for kind in (  # as for pickle
         Fraction, decimal.Decimal, range, datetime.datetime, datetime.date, datetime.time,
         datetime.timedelta, datetime.timezone)},
     complex: lambda value: (value.real, value.imag),
     collections.Counter: lambda value: (dict(value),),
     collections.defaultdict: lambda value: (None, dict(value))}
-KINDS = {"namedtuple": named_tuple, **{kind.__name__: kind for kind in PARTS}}
+KINDS = {kind.__name__: kind for kind in PARTS} | {
+    "namedtuple": lambda name, fields, *items: collections.namedtuple(name, fields)(*items)}
 
 
 def tasks_of(uid):
@@ -2067,23 +2087,6 @@ def tasks_of(uid):
         except OSError:
             continue
     return total
-
-
-def enter_namespaces():
-    """No network, no shared memory, mounts of our own. An ordinary user needs a user namespace
-    for that, which some systems do not grant."""
-    uid, gid = os.getuid(), os.getgid()
-    flags = 0x48020000 | (0x10000000 if uid else 0)  # CLONE_NEWNET, NEWIPC, NEWNS; NEWUSER
-    if libc.unshare(flags) != 0:
-        return False
-    try:
-        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"),
-                           ("gid_map", f"{gid} {gid} 1")) if uid else ():
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(text)
-    except OSError:
-        return False
-    return True
 
 
 # System calls that a program may make: numbers on x86_64 and on aarch64 (-1: has none), and where
@@ -2110,10 +2113,12 @@ faccessat2 439 439, open 2 -1 no_file, openat 257 56 no_file, clone3 435 435 no_
 openat2 437 437 no_call, clone 56 220 clone, kill 62 129 kill, tgkill 234 131 kill,
 prlimit64 302 261 prlimit64, fcntl 72 25 fcntl
 """
+OWN_PID = 0x7E57AB1E  # stands for the process's own number, no other is as large
 MACHINES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column, architecture
 
 
-def system_call_filter(machine, pid):
+@functools.cache
+def system_call_filter(machine):
     """The program (linux/filter.h) of an allow-list: threads but no processes, signals and limits
     of its own alone, no file as if there were none, and EPERM for all else. A line is a label, or
     an instruction: code, number, where to go if the comparison holds and where if it does not."""
@@ -2129,8 +2134,8 @@ def system_call_filter(machine, pid):
     lines += [
         (RETURN, 0x50000 | errno.EPERM),
         "clone", first, (ANY_BIT, 0x10000, "allow", "refuse"),  # CLONE_THREAD
-        "prlimit64", first, (EQUAL, 0, "allow"), (EQUAL, pid, "allow", "refuse"),
-        "kill", first, (EQUAL, pid, "allow", "refuse"),
+        "prlimit64", first, (EQUAL, 0, "allow"), (EQUAL, OWN_PID, "allow", "refuse"),
+        "kill", first, (EQUAL, OWN_PID, "allow", "refuse"),
         "fcntl", second, (EQUAL, fcntl.F_SETOWN, "refuse"), (EQUAL, 10, "refuse"),  # F_SETSIG
         (EQUAL, 15, "refuse", "allow"),  # F_SETOWN_EX
         "allow", (RETURN, 0x7FFF0000), "refuse", (RETURN, 0x50000 | errno.EPERM),

@@ -35,8 +35,7 @@ HARMLESS = ("a signal that only asks whether one may", "a fork", "a new file", "
             "memory of the parent read", "a confinement that is not there")
 # layers of confinement, and how a zygote is made that lacks one
 LAYERS = {"limits": "verify.limit_resources = lambda request: None",
-          "uid": "os.setgroups = os.setresgid = os.setresuid = lambda *ids: None",
-          "namespaces": "verify.enter_namespaces = lambda: False"}
+          "uid": "os.setgroups = os.setresgid = os.setresuid = lambda *ids: None"}
 # what no other layer can hold: as root, nothing but the uid makes the limit on threads count
 ALONE = {"limits": (MEMORY, THREADS), "uid": (THREADS,)}
 CHECKED_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue", "/run", "/run/lock", "/", ".",

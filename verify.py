@@ -1432,19 +1432,18 @@ def fenced_blocks(text):
 
 def does_something(text):
     """Whether it is Python with more in it than values, which may be output."""
-    tree = syntax_tree(text)
-    return tree is not None and any(
-        not isinstance(node, ast.Expr) or isinstance(node.value, ast.Call) for node in tree.body)
+    return any(not isinstance(statement, ast.Expr) or isinstance(statement.value, ast.Call)
+               for statement in statements(text))
 
 
-def syntax_tree(source):
-    """The tree of a Python text, or None where it is none."""
+def statements(source):
+    """The syntax trees of a Python text's statements: none of what is no Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return ast.parse(source)
+            return ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+        return []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1462,11 +1461,10 @@ def can_fail(test):
     functions and classes that nothing names, and what is there for a script's start."""
     if "assert" not in test:
         return True
-    tree = syntax_tree(test["assert"])
-    if tree is None:
-        return False
-    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    for statement in tree.body:
+    body = statements(test["assert"])
+    named = {node.id for statement in body for node in ast.walk(statement)
+             if isinstance(node, ast.Name)}
+    for statement in body:
         at_start = isinstance(statement, ast.If) and "__name__" in ast.dump(statement.test)
         if not at_start and getattr(statement, "name", None) in {None, *named}:
             for node in ast.walk(statement):
@@ -1495,16 +1493,15 @@ def same_line(expected, got):
 def same_result(expected, got):
     """Whether a returned value is the expected one, both as JSON has them: a tuple is a list, keys
     are texts, 2.0 is 2 but True is not 1, and floats are close."""
-    if isinstance(expected, dict):
-        return isinstance(got, dict) and expected.keys() == got.keys() and all(
+    if isinstance(expected, dict) and isinstance(got, dict):
+        return expected.keys() == got.keys() and all(
             same_result(value, got[key]) for key, value in expected.items())
-    if isinstance(expected, list):
-        return isinstance(got, list) and len(expected) == len(got) and all(
-            map(same_result, expected, got))
-    if type(expected) is float and type(got) in (int, float):
+    if isinstance(expected, list) and isinstance(got, list):
+        return len(expected) == len(got) and all(map(same_result, expected, got))
+    if isinstance(expected, float) and type(got) in (int, float):
         return close(expected, got)
-    numbers = {type(expected), type(got)} <= {int, float}
-    return (numbers or type(expected) is type(got)) and expected == got
+    kinds = {type(expected), type(got)}
+    return expected == got and (len(kinds) == 1 or kinds == {int, float})
 
 
 def close(expected, got):
@@ -1535,7 +1532,7 @@ class Sandbox:
             cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()])
         theirs.close()
-        self.confinement = json.loads(self.socket.recv(1000))
+        self.layers = json.loads(self.socket.recv(1000))
         codes, output, _ = self.run("main", ["", PROBE], str(os.getpid()).encode())
         self.holes = output.decode().split() if codes == [0] else [f"end with {codes}"]
 
@@ -1616,9 +1613,9 @@ def the_sandbox(allow_unsafe=False):
 
 def containment_verdict(allow_unsafe):
     """What confines programs here, as the reason of a verdict."""
-    holds = the_sandbox(allow_unsafe).confinement
-    return Verdict(True, "programs are confined by limits" + ", a user of their own" * bool(
-        holds["uid"]) + ", a system-call filter" * holds["seccomp"])
+    layers = the_sandbox(allow_unsafe).layers
+    return Verdict(True, "programs are confined by limits" + ", a user of their own" * layers["uid"]
+                   + ", a system-call filter" * layers["filter"])
 
 
 def program_verdict(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=False):
@@ -1701,17 +1698,17 @@ def zygote(descriptor):
         try_import(name)
     sys.meta_path.insert(0, Shelf())
     sys.stdout.flush()  # what a module has printed
-    names_of(*USUAL_MODULES), names_of(*CONTEST_MODULES), system_call_filter(os.uname().machine)
+    names_of(*USUAL_MODULES), names_of(*CONTEST_MODULES)
     gc.collect()
     gc.freeze()
-    root = os.getuid() == 0
     # root becomes a user that no one else is, so that its limits count this sandbox's tasks alone
-    can_filter = libc.prctl(21, 0, 0, 0, 0) >= 0  # PR_GET_SECCOMP
-    own = {"parent": os.getpid(), "uid": root and 200_000_000 + os.getpid() % 100_000_000,
-           "tasks": 64 + (0 if root else tasks_of(os.getuid())),
-           "seccomp": os.uname().machine in MACHINES and can_filter}
+    uid = 0 if os.getuid() else 200_000_000 + os.getpid() % 100_000_000
+    machine = os.uname().machine
+    filtered = machine in MACHINES and libc.prctl(21, 0, 0, 0, 0) >= 0  # PR_GET_SECCOMP
+    own = {"parent": os.getpid(), "uid": uid, "tasks": 64 + (0 if uid else tasks_of(os.getuid())),
+           "filter": system_call_filter(machine) if filtered else b""}
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    channel.send(json.dumps(own).encode())
+    channel.send(json.dumps({"uid": bool(uid), "filter": filtered}).encode())
     while True:
         message, files, _, _ = socket.recv_fds(channel, 10000, 4)
         if not message:
@@ -1846,9 +1843,9 @@ def confine(request):
     libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     if os.getppid() != request["parent"]:
         os._exit(71)
-    if request["seccomp"]:
-        install_filter(system_call_filter(os.uname().machine).replace(
-            struct.pack("I", OWN_PID), struct.pack("I", os.getpid())))
+    if request["filter"]:
+        install_filter(request["filter"].replace(struct.pack("I", OWN_PID),
+                                                 struct.pack("I", os.getpid())))
 
 
 def limit_resources(request):
@@ -1887,7 +1884,7 @@ def run_program_here(mode):
         elif mode == "serve":
             answer_calls(module.__dict__)
     except SystemExit as error:
-        status = 0 if error.code is None else error.code if isinstance(error.code, int) else 1
+        status = error.code if isinstance(error.code, int) else error.code is not None
     except BaseException as error:
         status = 1
         put(3, error_line(error))
@@ -2117,7 +2114,6 @@ OWN_PID = 0x7E57AB1E  # stands for the process's own number, no other is as larg
 MACHINES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column, architecture
 
 
-@functools.cache
 def system_call_filter(machine):
     """The program (linux/filter.h) of an allow-list: threads but no processes, signals and limits
     of its own alone, no file as if there were none, and EPERM for all else. A line is a label, or
@@ -2179,13 +2175,13 @@ def sample_verdict(sample, **options):
     if not isinstance(sample, dict):
         raise BadInput("the row is no object")
     kind, response = sample.get("kind"), sample.get("response")
-    if kind not in ("math", "choice", "code"):
+    needed = {"math": str, "choice": str, "code": list}.get(kind)
+    if needed is None:
         raise BadInput(f"field kind is {kind!r}: math, choice or code")
-    wanted = {"response": str, "tests" if kind == "code" else "answer": list if kind == "code"
-              else str, **({"original": str} if "original" in sample else {})}
-    for name, kind_of in wanted.items():
-        if not isinstance(sample.get(name), kind_of):
-            raise BadInput(f"field {name} is missing or no {'text' if kind_of is str else 'list'}")
+    for name, wanted in (("response", str), ("tests" if kind == "code" else "answer", needed),
+                         ("original", str)):
+        if (name in sample or name != "original") and not isinstance(sample.get(name), wanted):
+            raise BadInput(f"field {name} is missing or no {'text' if wanted is str else 'list'}")
     if sample.get("finish_reason") == "length":
         return Verdict(False, "truncated")
     if "original" in sample and not keeps_structure(sample):

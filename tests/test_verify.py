@@ -81,6 +81,59 @@ def test_what_sees_a_whole_response_takes_time_linear_in_its_length():
             assert time.process_time() - start < 1, (function, text[:20])
 
 
+FENCES = ["```\n", "```python\n", "```python\n[\n", "x ```", "~~~ `", "``` ~~~ ", "```<|end|>\n", "`",
+          "```\nf(1)\n```\n", "'", " ", "\n", "\r\n", "(", "-", "a.", "[0,", "x=1\n", " " * 20 + "\n"]
+
+
+def test_what_finds_a_program_and_compares_outputs_takes_time_linear_in_its_length():
+    texts = [head + part * (200_000 // len(part)) + "!" for part in FENCES
+             for head in ("", "```\n", "```python\n", "```\nf(1)\n```\n")]
+    texts.append("\n".join("`" * n for n in range(3, 630)))  # each fence longer than the last
+    calls = [(verify.find_program, text) for text in texts]
+    for expected in (b"0.5", b".", b"1e5", b"1.5 " * 999):
+        for part in (b"1", b".", b"1e", b"+", b"1.", b"1 ", b"1\n", b" ", b"\0"):
+            text = part * (200_000 // len(part))
+            calls += [(verify.same_output, expected, text + b"a"),
+                      (verify.same_output, text, expected), (verify.same_output, text, text + b"1")]
+            calls += [(pattern.fullmatch, text + b"a") for pattern in (verify.DECIMAL,
+                                                                       verify.SIGNED)]
+    for function, *arguments in calls:
+        start = time.process_time()
+        function(*arguments)
+        assert time.process_time() - start < 1, (function, arguments[-1][:20])
+
+
+@linux
+@pytest.mark.parametrize("response", [
+    "```\n" * 4000, "\n".join("`" * n for n in range(3, 4000)), "The answer" + " " * 16_000 + "is 5.",
+    "The answer" + "\n" * 16_000, "```python\nprint('9' * 10_000 + 'x')\n```"])
+def test_no_response_stalls_a_verdict(response):
+    tests = [{"input": "", "output": "0.5"}]
+    start = time.monotonic()
+    for verdict in (verify.verify_math(response, "7"), verify.verify_choice(response, "B"),
+                    verify.verify_code(response, tests)):
+        assert not verdict.passed and verify.GRADER_ERROR not in verdict.reason
+    assert time.monotonic() - start < 5
+
+
+@linux
+def test_a_sample_has_a_limit_of_time_on_the_clock_too(tmp_path, monkeypatch):
+    """Tests that each sleep a while, all together longer than twenty times their CPU time and half
+    a minute: here with the half minute taken away."""
+    file = tmp_path / "worker.py"
+    file.write_text(f"import signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport verify\n"
+                    "real = signal.setitimer\nsignal.setitimer = lambda kind, seconds: "
+                    "real(kind, seconds - 30 if seconds > 30 else seconds)\n"
+                    "verify.work(int(sys.argv[2]))\n")
+    monkeypatch.setattr(verify, "__file__", str(file))
+    verify.IDLE.clear()
+    start = time.monotonic()
+    verdict = verify.run_program("import time; time.sleep(0.5)", [{"input": "", "output": ""}] * 50,
+                                 timeout=0.2)
+    assert verdict == (False, "timeout", None) and time.monotonic() - start < 12
+    verify.IDLE.clear()
+
+
 def test_equality_does_not_depend_on_which_side_is_which():
     """Between answers without decimals and units, for which the gold side decides."""
     for name in ("fractions", "roots and powers", "symbolic", "sets and lists", "intervals"):

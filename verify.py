@@ -48,7 +48,6 @@ import statistics
 import struct
 import subprocess
 import sys
-import sysconfig
 import textwrap
 import threading
 import time
@@ -1591,7 +1590,7 @@ attempt("write", lambda: os.remove(open("/dev/shm/sky-t1-probe", "w").name) is N
 attempt("read", lambda: os.open("/etc/passwd", os.O_RDONLY) + 1)
 attempt("read", lambda: os.open("/proc/%d/mem" % parent, os.O_RDONLY) + 1)
 attempt("signal", lambda: os.kill(parent, 0) is None)
-attempt("trace", lambda: libc.ptrace(16, parent, 0, 0) == 0)
+attempt("trace", lambda: libc.ptrace(0x4206, parent, 0, 0) == 0)  # PTRACE_SEIZE stops nothing
 attempt("limit", lambda: libc.prlimit(os.getppid(), 7, 0, 0) == 0)
 attempt("memory", lambda: bytearray(1 << 36))
 attempt("exec", lambda: os.execv("/bin/sh", ["sh", "-c", "echo exec"]))
@@ -1725,7 +1724,7 @@ class Shelf(importlib.abc.Loader):
 
     def __init__(self):
         self.places, self.code = {}, bytearray()
-        self.take([sysconfig.get_path("stdlib"), sysconfig.get_config_var("DESTSHARED") or ""])
+        self.take([path for path in sys.path if not path.endswith("-packages")])
         file = memory_file(self.code)
         self.code = mmap.mmap(file, len(self.code), mmap.MAP_PRIVATE, mmap.PROT_READ)
         os.close(file)

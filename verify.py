@@ -1700,8 +1700,7 @@ def zygote(descriptor):
     names_of(*USUAL_MODULES), names_of(*CONTEST_MODULES)
     gc.collect()
     gc.freeze()
-    # root becomes a user that no one else is, so that its limits count this sandbox's tasks alone
-    uid = 0 if os.getuid() else 200_000_000 + os.getpid() % 100_000_000
+    uid = private_user()
     machine = os.uname().machine
     filtered = machine in MACHINES and libc.prctl(21, 0, 0, 0, 0) >= 0  # PR_GET_SECCOMP
     own = {"parent": os.getpid(), "uid": uid, "tasks": 64 + (0 if uid else tasks_of(os.getuid())),
@@ -1716,6 +1715,12 @@ def zygote(descriptor):
         for file in files:
             os.close(file)
         channel.send(json.dumps(codes).encode())
+
+
+def private_user():
+    """Root becomes a user that no one else is, so that its limits count this sandbox's tasks alone;
+    0 where that is not possible."""
+    return 0 if os.getuid() else 200_000_000 + os.getpid() % 100_000_000
 
 
 class Shelf(importlib.abc.Loader):

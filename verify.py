@@ -22,8 +22,8 @@ import datetime
 import decimal
 import errno
 import fcntl
-import functools
 import gc
+import glob
 import hashlib
 import importlib.abc
 import importlib.machinery
@@ -74,6 +74,10 @@ class NotMath(Exception):
 
 class TooBig(Exception):
     """Beyond what is worked out in this process, or at all."""
+
+
+class BadInput(ValueError):
+    """One line for the user: exit status 2."""
 
 
 class Verdict(NamedTuple):
@@ -139,6 +143,8 @@ CHOSEN = re.compile(r"[(\[]\s*([A-Ja-j])\s*[)\]]|([A-J])(?![A-Za-z0-9'])(?!\s+[a
 TOKEN = re.compile(r"\s+|⟪[^⟫]*⟫|\d+(?:\.\d+)?[eE][+-]?\d+(?![A-Za-z])|\d+(?:\.\d*)?|\.\d+"
                    r"|\\[A-Za-z]+|\\.|[A-Za-z]+|.", re.DOTALL)
 
+TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
+        "<|end_of_solution|>")  # plain text to Qwen's tokenizer
 TEST_FORMS = ({"input": str, "output": str}, {"assert": str},
               {"fn_name": str, "args": list, "expected": object})
 PYTHON = ("python", "py", "python3")  # labels of a program
@@ -1403,12 +1409,15 @@ def find_program(response):
     output, else the last of all. One line or a doctest does not replace what is longer."""
     solution = response.rpartition(TAGS[2])[2].partition(TAGS[3])[0]
     blocks = fenced_blocks(solution) or fenced_blocks(response)
-    ranks = []
-    for number, (label, text) in enumerate(blocks):
-        longer = "\n" in text.strip() and not text.lstrip().startswith(">>>")
-        program = label in PYTHON or label == "" and does_something(text)
-        ranks.append((program and longer, label in PYTHON, program, number))
-    return blocks[max(ranks)[-1]][1] if blocks else None
+    return max(reversed(blocks), key=rank)[1] if blocks else None  # of equals the last
+
+
+def rank(block):
+    """By what blocks are compared, the most important first."""
+    label, text = block
+    longer = "\n" in text.strip() and not text.lstrip().startswith(">>>")
+    program = label in PYTHON or label == "" and does_something(text)
+    return program and longer, label in PYTHON, program
 
 
 def fenced_blocks(text):
@@ -1439,9 +1448,7 @@ def does_something(text):
 def statements(source):
     """The syntax trees of a Python text's statements: none of what is no Python."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ast.parse(source).body
+        return ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
 
@@ -1532,14 +1539,16 @@ class Sandbox:
             cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()])
         theirs.close()
-        self.layers = json.loads(self.socket.recv(1000))
+        self.containment = self.socket.recv(1000).decode()
         codes, output, _ = self.run("main", ["", PROBE], str(os.getpid()).encode())
         self.holes = output.decode().split() if codes == [0] else [f"end with {codes}"]
 
     def run(self, mode, source, given, timeout=10, memory=DEFAULT_MEMORY):
-        """Run a program, [setup, code]. mode "main": given is its input; "call": the call; "serve":
-        the judge's source, which runs beside it. Returns the exit codes of both (None: too late);
-        what was printed, in mode "serve" by the judge; and what the program reported."""
+        """Run a program by its source, [setup, code]. mode "main": given is its input; "call": the
+        function and arguments follow in the source; "assert": given is the judge's source, which
+        runs beside it. Returns the exit codes (None: too late), of the judge last; what was
+        printed; and the result: an error's name, a call's value or the judge's verdict. With a
+        judge, the program's own result is in the place of what was printed."""
         request = {"mode": mode, "timeout": timeout, "memory": memory}
         files = [memory_file(json.dumps(source).encode()), memory_file(given),
                  memory_file(), memory_file()]
@@ -1553,16 +1562,10 @@ class Sandbox:
 
 
 def memory_file(content=b""):
-    """A file without a name."""
+    """A file without a name, to be read from its start."""
     file = os.memfd_create("sky-t1")
-    put(file, content)
-    os.lseek(file, 0, os.SEEK_SET)
+    os.pwrite(file, content, 0)
     return file
-
-
-def put(file, content):
-    with open(file, "wb", closefd=False) as out:
-        out.write(content)
 
 
 def set_limit(kind, soft, hard=None):
@@ -1613,9 +1616,7 @@ def the_sandbox(allow_unsafe=False):
 
 def containment_verdict(allow_unsafe):
     """What confines programs here, as the reason of a verdict."""
-    layers = the_sandbox(allow_unsafe).layers
-    return Verdict(True, "programs are confined by limits" + ", a user of their own" * layers["uid"]
-                   + ", a system-call filter" * layers["filter"])
+    return Verdict(True, the_sandbox(allow_unsafe).containment)
 
 
 def program_verdict(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=False):
@@ -1638,30 +1639,31 @@ def run_test(sandbox, code, test, timeout, memory):
     """`correct`, or in what way a program fails one test."""
     if not can_fail(test):
         return "no test: it asserts nothing"
-    setup = test.get("setup") or ""
+    setup = test.get("setup", "")
+    mode, source, given = "main", [setup, code], b""
     if "assert" in test:
-        mode, given = "serve", json.dumps([setup, test["assert"]]).encode()
+        mode, given = "assert", json.dumps([setup, test["assert"]]).encode()
     elif "fn_name" in test:
-        mode, given = "call", json.dumps([test["fn_name"], test["args"]]).encode()
+        mode, source = "call", [setup, code, test["fn_name"], test["args"]]
     else:
-        mode, given = "main", test["input"].encode("utf-8", "surrogatepass")
-    codes, output, result = sandbox.run(mode, [setup, code], given, timeout, memory)
+        given = test["input"].encode("utf-8", "surrogatepass")
+    codes, output, result = sandbox.run(mode, source, given, timeout, memory)
     if None in codes:
         return "timeout"
-    if mode == "serve" and output != b"gone":
-        told = codes[1] == 0 and not output.startswith(b"error ")
-        return output.decode() if told else failure(codes[1], output)
-    if codes[0] != 0 or mode == "serve" or result.startswith(b"error "):
-        return failure(codes[0], result)
+    if mode == "assert" and result == b"gone":  # the program has ended before the judge
+        return failure(codes[0], output)
+    if codes[-1] != 0 or result.startswith(b"error "):
+        return failure(codes[-1], result)
+    if mode == "assert":
+        return result.decode()
     if mode == "main":
-        expected = test["output"].encode("utf-8", "surrogatepass")
-        same = same_output(expected, output)
+        same = same_output(test["output"].encode("utf-8", "surrogatepass"), output)
     else:
         try:
-            got = json.loads(result) if len(result) < MAX_RESULT else None
+            same = same_result(json.loads(json.dumps(test["expected"])),
+                               json.loads(result[:MAX_RESULT]))
         except (ValueError, RecursionError):
             return "runtime error: no result"
-        same = same_result(json.loads(json.dumps(test["expected"])), got)
     return "correct" if same else "wrong answer"
 
 
@@ -1691,14 +1693,13 @@ def zygote(descriptor):
     """The process that a Sandbox talks to. It imports what programs may want, for they can open no
     file, then forks on request. It never reads what it hands on."""
     channel = socket.socket(fileno=descriptor)
-    set_limit(resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS)[1])  # not the worker's
+    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     sys.set_int_max_str_digits(0)
     threading.stack_size(16 << 20)  # a thread's default is the raised limit of the stack
     for name in PRELOADED:
         try_import(name)
     sys.meta_path.insert(0, Shelf())
     sys.stdout.flush()  # what a module has printed
-    names_of(*USUAL_MODULES), names_of(*CONTEST_MODULES)
     gc.collect()
     gc.freeze()
     # root becomes a user that no one else is, so that its limits count this sandbox's tasks alone
@@ -1708,12 +1709,13 @@ def zygote(descriptor):
     own = {"parent": os.getpid(), "uid": uid, "tasks": 64 + (0 if uid else tasks_of(os.getuid())),
            "filter": system_call_filter(machine) if filtered else b""}
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    channel.send(json.dumps({"uid": bool(uid), "filter": filtered}).encode())
+    channel.send(b"programs are confined by limits" + b", a user of their own" * bool(uid)
+                 + b", a system-call filter" * filtered)
     while True:
         message, files, _, _ = socket.recv_fds(channel, 10000, 4)
         if not message:
             return
-        codes = serve(json.loads(message) | own, files, channel)
+        codes = serve(json.loads(message) | own, files)
         for file in files:
             os.close(file)
         channel.send(json.dumps(codes).encode())
@@ -1759,70 +1761,52 @@ def try_import(name):
         pass
 
 
-@functools.cache
-def names_of(*modules):
-    """What is known without an import: all names of these modules, and the modules themselves."""
-    names = {}
-    exec("\n".join([f"from {name} import *" for name in modules]
-                   + [f"import {name}" for name in CONTEST_MODULES]), names)
-    return names
-
-
-def serve(request, files, channel):
+def serve(request, files):
     """Fork what a request asks for and wait for it; the exit codes as `wait_for` gives them."""
     source, given, output, result = files
-    if request["mode"] != "serve":
-        return wait_for([start(request, run_program_here, given, output, result, source)],
-                        request["timeout"], channel)
-    null = os.open(os.devnull, os.O_RDWR)
-    pipes = [*os.pipe(), *os.pipe()]
-    calls, call, answers, answer = pipes
-    # the judge waits while the program works: its own CPU time is the tests' alone
-    pids = [start(request, run_program_here, null, null, result, source, calls, answer),
-            start(request, run_judge, null, null, output, given, answers, call)]
-    for file in (*pipes, null):
-        os.close(file)
-    return wait_for(pids, request["timeout"], channel)
+    null = 0  # as a Sandbox has started this process
+    if request["mode"] != "assert":
+        pids = [start(request, run_solution, given, output, null, result, source)]
+    else:
+        calls, call, answers, answer = pipes = [*os.pipe(), *os.pipe()]
+        # the judge waits while the program works: its own CPU time is the tests' alone
+        pids = [start(request, run_solution, null, null, null, output, source, calls, answer),
+                start(request, run_judge, null, null, null, result, given, answers, call)]
+        for file in pipes:
+            os.close(file)
+    return wait_for(pids, request["timeout"])
 
 
 def start(request, work, *files):
-    """A confined process in which files are the descriptors 0, 1, 3, 4, ...; it runs work."""
+    """A confined process in which files are the descriptors 0, 1, 2, ...; it runs work."""
     pid = os.fork()
     if pid:
         return pid
     try:
         # aside first, lest one be overwritten before it is copied
         aside = [fcntl.fcntl(file, fcntl.F_DUPFD, 50) for file in files]
-        for target, file in zip([0, 1, *range(3, len(files) + 1)], aside, strict=True):
-            os.dup2(file, target)
-        os.dup2(os.open(os.devnull, os.O_RDWR), 2)
-        os.closerange(len(files) + 1, 4096)
+        for number, file in enumerate(aside):
+            os.dup2(file, number)
+        os.closerange(len(files), 4096)
         confine(request)
         work(request["mode"])
     finally:
         os._exit(70)
 
 
-def wait_for(pids, timeout, channel):
+def wait_for(pids, timeout):
     """The exit codes of processes (a signal is a negative one), None for one that took too long:
     the kernel ends what has used up its CPU time, this function what sleeps. When the last of them
-    ends, which is the judge if there is one, or one is late, the others are killed. All end with
-    this process, and this one with whoever is at the other end of the channel."""
+    ends, which is the judge if there is one, or one is late, the others are killed."""
     deadline, late, codes = time.monotonic() + 3 * timeout + 5, False, {}
     alive = {os.pidfd_open(pid): pid for pid in pids}
-    poll = select.poll()
-    for handle in alive:
-        poll.register(handle, select.POLLIN)
-    poll.register(channel, 0)  # tells that it is closed, not what it holds
     while alive:
         late = late or time.monotonic() > deadline
         if late or pids[-1] in codes:
             for pid in alive.values():
                 os.kill(pid, signal.SIGKILL)
-        for handle, _ in poll.poll(max(1, 1000 * (deadline - time.monotonic()))):
-            if handle == channel.fileno():
-                os._exit(1)
-            poll.unregister(handle)
+        ended, _, _ = select.select(alive, [], [], max(0.001, deadline - time.monotonic()))
+        for handle in ended:
             os.close(handle)
             pid = alive.pop(handle)
             _, status, usage = os.wait4(pid, 0)
@@ -1857,12 +1841,11 @@ def limit_resources(request):
         set_limit(kind, most, most)
 
 
-def run_program_here(mode):
+def run_solution(mode):
     """The program's process. It may compute, read descriptor 0 and write to 1 and 3, the result; 4
     is its source, 5 and 6 are calls and answers where a judge asks for them."""
     with open(4, "rb") as source:
-        setup, code = json.load(source)
-    call = json.load(open(0, "rb", closefd=False)) if mode == "call" else None
+        setup, code, *call = json.load(source)
     builtins.open = io.open = open_by_number
     sys.stdin.reconfigure(errors="surrogateescape")
     module = type(sys)("__main__" if mode == "main" else "solution")
@@ -1870,24 +1853,24 @@ def run_program_here(mode):
     sys.argv[:] = ["program.py"]
     if mode != "main":
         sys.setrecursionlimit(50_000)
-        module.__builtins__ = names_of(*CONTEST_MODULES) | vars(builtins)
+        module.__builtins__ = CONTEST_NAMES | vars(builtins)
     status = 0
     try:
         setup, code = compile(setup, "setup.py", "exec"), compile(code, "program.py", "exec")
         exec(setup, module.__dict__)
         exec(code, module.__dict__)
         if mode == "call":
+            name, arguments = call
             holder = module.__dict__.get("Solution")
-            function = getattr(holder(), call[0]) if hasattr(holder, call[0]) else (
-                module.__dict__[call[0]])
-            put(3, json.dumps(function(*call[1]), default=as_json).encode())
-        elif mode == "serve":
+            function = getattr(holder(), name) if hasattr(holder, name) else module.__dict__[name]
+            os.write(3, json.dumps(function(*arguments), default=as_json).encode())
+        elif mode == "assert":
             answer_calls(module.__dict__)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else error.code is not None
     except BaseException as error:
         status = 1
-        put(3, error_line(error))
+        os.write(3, error_line(error))
     # as at an interpreter's end; files that the program left open are closed with their names
     for finish in (threading._shutdown, atexit._run_exitfuncs, lambda: sys.stdout.flush(),
                    sys.__stdout__.flush, module.__dict__.clear, gc.collect):
@@ -1924,10 +1907,25 @@ class NotPlain(Exception):
 
 def error_line(error):
     """What a process reports of an exception."""
-    name = str(error) if isinstance(error, NotPlain) else type(error).__name__
-    for kind, said in ((MemoryError, "memory"), (SyntaxError, "syntax error")):
-        name = said if isinstance(error, kind) else name
+    name = type(error).__name__
+    if isinstance(error, MemoryError):
+        name = "memory"
+    elif isinstance(error, SyntaxError):
+        name = "syntax error"
+    elif isinstance(error, NotPlain):
+        name = str(error)
     return b"error " + name.encode("utf-8", "replace")[:99]
+
+
+def names_of(modules):
+    """All names of these modules, and the modules that contests know."""
+    names = {}
+    exec("\n".join([f"from {name} import *" for name in modules]
+                   + [f"import {name}" for name in CONTEST_MODULES]), names)
+    return names
+
+
+USUAL_NAMES, CONTEST_NAMES = names_of(USUAL_MODULES), names_of(CONTEST_MODULES)
 
 
 class Channel:
@@ -1971,8 +1969,7 @@ def answer_calls(namespace):
             value = namespace[name](*arguments, **decode(keywords))
             channel.send("value", encode(value), encode(arguments))
         except BaseException as error:
-            kinds = [kind.__name__ for kind in type(error).__mro__
-                     if getattr(builtins, kind.__name__, NotPlain) is kind]
+            kinds = [kind.__name__ for kind in type(error).__mro__ if kind in ERRORS.values()]
             channel.send("error", kinds, str(error)[:999])
 
 
@@ -1981,7 +1978,6 @@ def run_judge(mode):
     the test, in which the program's functions are calls of the other process."""
     with open(4, "rb") as source:
         setup, test = json.load(source)
-    sys.stdout = sys.stderr = open(1, "w", closefd=False)
     channel, calls = Channel(5, 6), []
 
     def stand_in(name):
@@ -1990,14 +1986,14 @@ def run_judge(mode):
             channel.send(name, encode(list(arguments)), encode(keywords))
             kind, value, after = channel.receive()
             if kind == "error":
-                raise as_exception(value, after)
+                raise next((ERRORS[name] for name in value if name in ERRORS), RuntimeError)(after)
             for ours, theirs in zip(arguments, decode(after), strict=True):
                 if type(ours) is type(theirs) and type(ours) in (list, set, dict):
-                    ours.clear()  # changed in place
-                    (ours.extend if type(ours) is list else ours.update)(theirs)
+                    ours.clear()
+                    ours.__init__(theirs)  # changed in place
             return decode(value)
         return call
-    namespace = {"__name__": "judge", "__builtins__": names_of(*USUAL_MODULES) | vars(builtins)}
+    namespace = {"__name__": "judge", "__builtins__": USUAL_NAMES | vars(builtins)}
     try:
         functions = channel.receive()
         exec(compile(setup, "setup.py", "exec"), namespace)
@@ -2011,7 +2007,7 @@ def run_judge(mode):
         verdict = b"gone"
     except BaseException as error:
         verdict = error_line(error)
-    put(3, verdict)
+    os.write(3, verdict)
     os._exit(0)
 
 
@@ -2026,14 +2022,12 @@ def tested_names(functions, test, namespace):
     return named - known | {name for name in known if re.search(rf"\bcheck\({name}\)", test)}
 
 
-def as_exception(kinds, text):
-    """A program's exception as one of the judge's: none that would end a loop or the process."""
-    for name in kinds:
-        kind = getattr(builtins, name, NotPlain if name == "NotPlain" else None)
-        if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(
-                kind, (StopIteration, StopAsyncIteration)):
-            return kind(text)
-    return RuntimeError(text)
+# A program's exceptions that become the judge's: none that would end a loop or the process, nor
+# those that a text alone does not make.
+ERRORS = {"NotPlain": NotPlain} | {
+    name: kind for name, kind in vars(builtins).items()
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(
+        kind, (StopIteration, StopAsyncIteration, UnicodeError, ExceptionGroup))}
 
 
 def encode(value):
@@ -2077,17 +2071,16 @@ KINDS = {kind.__name__: kind for kind in PARTS} | {
 def tasks_of(uid):
     """Threads of a user, who may run other things: the limit on them counts all."""
     total = 0
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    for task in glob.iglob("/proc/[0-9]*/task/*"):
         try:
-            if os.stat(f"/proc/{pid}").st_uid == uid:
-                total += len(os.listdir(f"/proc/{pid}/task"))
-        except OSError:
-            continue
+            total += os.stat(task).st_uid == uid
+        except OSError:  # it has ended meanwhile
+            pass
     return total
 
 
 # System calls that a program may make: numbers on x86_64 and on aarch64 (-1: has none), and where
-# a label of the filter follows, what it says.
+# a rule follows, what it says.
 # linux/arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h
 SYSTEM_CALLS = """
 read 0 63, write 1 64, close 3 57, stat 4 -1, fstat 5 80, lstat 6 -1, poll 7 -1, lseek 8 62,
@@ -2110,48 +2103,42 @@ faccessat2 439 439, open 2 -1 no_file, openat 257 56 no_file, clone3 435 435 no_
 openat2 437 437 no_call, clone 56 220 clone, kill 62 129 kill, tgkill 234 131 kill,
 prlimit64 302 261 prlimit64, fcntl 72 25 fcntl
 """
+LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 OWN_PID = 0x7E57AB1E  # stands for the process's own number, no other is as large
 MACHINES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column, architecture
 
 
 def system_call_filter(machine):
     """The program (linux/filter.h) of an allow-list: threads but no processes, signals and limits
-    of its own alone, no file as if there were none, and EPERM for all else. A line is a label, or
-    an instruction: code, number, where to go if the comparison holds and where if it does not."""
+    of its own alone, no file as if there were none, and EPERM for all else."""
     column, architecture = MACHINES[machine]
-    LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-    first, second = (LOAD, 16), (LOAD, 24)  # arguments, their lower 32 bits
-    lines = [(LOAD, 4), (EQUAL, architecture, None, "end"), (LOAD, 0),
-             (AT_LEAST, 0x40000000, "refuse")]  # calls of x32
+    allow, kill = instruction(RETURN, 0x7FFF0000), instruction(RETURN, 0x80000000)
+    refuse, no_file, no_call = (instruction(RETURN, 0x50000 | number)
+                                for number in (errno.EPERM, errno.ENOENT, errno.ENOSYS))
+    first, second = instruction(LOAD, 16), instruction(LOAD, 24)  # arguments, their lower 32 bits
+    own = when(EQUAL, OWN_PID, allow)
+    rules = {
+        "": allow, "no_file": no_file, "no_call": no_call, "kill": first + own + refuse,
+        "clone": first + when(ANY_BIT, 0x10000, allow) + refuse,  # CLONE_THREAD
+        "prlimit64": first + when(EQUAL, 0, allow) + own + refuse,
+        "fcntl": second + b"".join(when(EQUAL, command, refuse) for command in (
+            fcntl.F_SETOWN, 10, 15)) + allow}  # F_SETSIG, F_SETOWN_EX
+    program = instruction(LOAD, 4) + instruction(EQUAL, architecture, 1) + kill
+    program += instruction(LOAD, 0) + when(AT_LEAST, 0x40000000, refuse)  # calls of x32
     for entry in SYSTEM_CALLS.split(","):
-        fields = [*entry.split(), "allow"]
+        fields = [*entry.split(), ""]
         if fields[column] != "-1":
-            lines.append((EQUAL, int(fields[column]), fields[3]))
-    lines += [
-        (RETURN, 0x50000 | errno.EPERM),
-        "clone", first, (ANY_BIT, 0x10000, "allow", "refuse"),  # CLONE_THREAD
-        "prlimit64", first, (EQUAL, 0, "allow"), (EQUAL, OWN_PID, "allow", "refuse"),
-        "kill", first, (EQUAL, OWN_PID, "allow", "refuse"),
-        "fcntl", second, (EQUAL, fcntl.F_SETOWN, "refuse"), (EQUAL, 10, "refuse"),  # F_SETSIG
-        (EQUAL, 15, "refuse", "allow"),  # F_SETOWN_EX
-        "allow", (RETURN, 0x7FFF0000), "refuse", (RETURN, 0x50000 | errno.EPERM),
-        "no_file", (RETURN, 0x50000 | errno.ENOENT), "no_call", (RETURN, 0x50000 | errno.ENOSYS),
-        "end", (RETURN, 0x80000000)]
-    return assembled(lines)
+            program += when(EQUAL, int(fields[column]), rules[fields[3]])
+    return program + refuse
 
 
-def assembled(lines):
-    """Lines as the kernel reads them: a jump is the number of instructions that it skips."""
-    places, program = {}, b""
-    for line in reversed(lines):  # a jump goes forward
-        if isinstance(line, str):
-            places[line] = len(program) // 8
-        else:
-            code, number, *labels = line
-            skipped = [len(program) // 8 - places[label] if label else 0
-                       for label in [*labels, None, None][:2]]
-            program = struct.pack("HBBI", code, *skipped, number) + program
-    return program
+def when(code, number, then):
+    """Instructions that are run if a comparison holds; else it skips them."""
+    return instruction(code, number, 0, len(then) // 8) + then
+
+
+def instruction(code, number, skip_if_true=0, skip_if_false=0):
+    return struct.pack("HBBI", code, skip_if_true, skip_if_false, number)
 
 
 def install_filter(program):
@@ -2165,30 +2152,27 @@ def install_filter(program):
 # Samples: one verdict each
 
 
-TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
-        "<|end_of_solution|>")  # plain text to Qwen's tokenizer
-
-
 def sample_verdict(sample, **options):
     """The verdict on a sample (a problem's fields, response, finish_reason). BadInput where a field
     is missing or wrong; options go to program_verdict."""
     if not isinstance(sample, dict):
         raise BadInput("the row is no object")
-    kind, response = sample.get("kind"), sample.get("response")
-    needed = {"math": str, "choice": str, "code": list}.get(kind)
-    if needed is None:
+    kind = sample.get("kind")
+    if kind not in ("math", "choice", "code"):
         raise BadInput(f"field kind is {kind!r}: math, choice or code")
-    for name, wanted in (("response", str), ("tests" if kind == "code" else "answer", needed),
-                         ("original", str)):
-        if (name in sample or name != "original") and not isinstance(sample.get(name), wanted):
+    gold = "tests" if kind == "code" else "answer"
+    for name in ["response", gold] + ["original"] * ("original" in sample):
+        wanted = list if name == "tests" else str
+        if not isinstance(sample.get(name), wanted):
             raise BadInput(f"field {name} is missing or no {'text' if wanted is str else 'list'}")
     if sample.get("finish_reason") == "length":
         return Verdict(False, "truncated")
     if "original" in sample and not keeps_structure(sample):
         return Verdict(False, "structure")
     if kind == "code":
-        return code_verdict(response, sample["tests"], **options)
-    return (math_verdict if kind == "math" else choice_verdict)(response, sample["answer"])
+        return code_verdict(sample["response"], sample["tests"], **options)
+    judge = math_verdict if kind == "math" else choice_verdict
+    return judge(sample["response"], sample["answer"])
 
 
 def keeps_structure(sample):
@@ -2207,10 +2191,6 @@ def keeps_structure(sample):
     if ours is None or theirs is None:
         return False
     return equal(ours, theirs) if kind == "math" else ours.split() == theirs.split()
-
-
-class BadInput(ValueError):
-    """One line for the user: exit status 2."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2287,6 +2267,7 @@ def work(descriptor):
     set_limit(resource.RLIMIT_AS, WORKER_MEMORY)
     sys.setrecursionlimit(5000)
     sys.set_int_max_str_digits(1_000_000)  # to read more takes a second
+    warnings.simplefilter("ignore")  # what the parser says of a model's program
     while True:
         try:
             name, arguments, options = connection.recv()
@@ -2371,53 +2352,52 @@ def verify_sample(sample, **options):
 
 def problem_key(row):
     """A problem's id, or where it has none its prompt, in eight bytes."""
-    name = json.dumps([row.get("source"), row["id"] if "id" in row else row.get("prompt")])
-    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    name = json.dumps([row.get("source"), row.get("id", row.get("prompt"))])
+    return hashlib.blake2b(name.encode(), digest_size=8).digest()
 
 
 class Summary:
     """Counts by model, source and problem, but no text: memory grows with the problems alone."""
 
     def __init__(self):
-        # by model and source: by problem [samples, passed, votes]; tokens and rows; reasons
+        # by (model, whether of all sources, source): problems, tokens and reasons as in `score`
         self.groups = {}
         self.grader_errors = []
 
     def add(self, row):
         """Counts a verified row. The votes for one answer are equal: all correct ones, and wrong
         ones of one spelling; no answer is "", and a program has no vote."""
-        source, reason = str(row.get("source", "")), re.sub(r" on test \d+$", "", row["reason"])
+        model, source = str(row.get("model") or ""), str(row.get("source", ""))
+        reason = re.sub(r" on test \d+$", "", row["reason"])
         if reason.startswith(GRADER_ERROR):
             self.grader_errors.append(f"{source} {row.get('id')}: {reason}")
             reason = GRADER_ERROR
         vote = "correct" if row["passed"] else (
             "" if row["extracted"] is None else "wrong: " + squash(row["extracted"]))
-        for group in (source, None):  # None: all
-            problems, total, reasons = self.groups.setdefault(str(row.get("model") or ""), {}) \
-                .setdefault(group, ({}, [0, 0], collections.Counter()))
+        for group in ((model, False, source), (model, True, "all")):
+            problems, tokens, reasons = self.groups.setdefault(
+                group, ({}, [0, 0], collections.Counter()))
+            problem = problems.setdefault(problem_key(row), [0, 0, collections.Counter()])
+            problem[0] += 1
+            problem[1] += row["passed"]
+            problem[2][vote] += row["kind"] != "code"
+            if isinstance(count := row.get("num_tokens"), int):
+                tokens[0] += count
+                tokens[1] += 1
             reasons[reason] += 1
-            counts = problems.setdefault(problem_key(row), [0, 0, collections.Counter()])
-            counts[0] += 1
-            counts[1] += row["passed"]
-            counts[2][vote] += row["kind"] != "code"
-            if isinstance(tokens := row.get("num_tokens"), int):
-                total[0] += tokens
-                total[1] += 1
 
     def rows(self):
         """One dict for each source of each model, and one for all of a model's several."""
-        rows = []
-        for model, groups in sorted(self.groups.items()):
-            sources = sorted(groups.keys() - {None})
-            for source in sources + [None] * (len(sources) > 1):
-                name = "all" if source is None else source
-                rows.append({"model": model} | score(name, *groups[source]))
-        return rows
+        sizes = collections.Counter(model for model, _, _ in self.groups)
+        return [{"model": model} | score(source, *self.groups[model, of_all, source])
+                for model, of_all, source in sorted(self.groups)
+                if not of_all or sizes[model] > 2]
 
 
 def score(source, problems, tokens, reasons):
-    """The figures of some problems, each [samples, passed, votes]. The standard error is that of
-    the mean over problems of their means."""
+    """The figures of some problems (each [samples, passed, votes]), of their samples' tokens (the
+    sum, and of how many samples) and reasons. The standard error is that of the mean over problems
+    of their means."""
     problems = list(problems.values())
     means = [passed / n for n, passed, _ in problems]
     error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
@@ -2440,9 +2420,7 @@ def pass_at_k(n, passed, k):
 
 def majority(votes):
     """1 where the answer given most often is correct; ties share it."""
-    given = {vote: count for vote, count in votes.items() if vote} or votes
-    most = max(given.values())
-    leaders = [vote for vote, count in given.items() if count == most]
+    leaders = statistics.multimode(filter(None, votes.elements())) or [""]
     return ("correct" in leaders) / len(leaders)
 
 
@@ -2484,7 +2462,7 @@ def table(rows):
                       ", ".join(percent(p, f"{k}: ") for k, p in row["pass_at_k"].items()),
                       f"{percent(row['majority']) or '-'} @{row['n']}", tokens or "-",
                       row["model"]])
-        if row["source"] != "all" or len(rows) == 1:
+        if row["source"] != "all":
             reasons.update(row["reasons"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
@@ -2611,8 +2589,8 @@ def resume(out, rows, summary):
             except (ValueError, LookupError, TypeError, AttributeError):
                 same = False
             if not same:
-                raise BadInput(f"{out}: row {count + 1} is not the verdict on {place}; name another "
-                               "--out, or delete the file")
+                raise BadInput(f"{out}: row {count + 1} is not the verdict on {place}; name "
+                               "another --out, or delete the file")
             count, end = count + 1, end + len(line)
         file.truncate(end)
     return count
@@ -2632,27 +2610,25 @@ def keep(verified, path, per_problem):
     """Write the passing rows, at most per_problem of each problem, the shortest first: long
     answers to easy questions are not rewarded. Exact duplicates are dropped. The file appears
     when it is complete. Returns the counts (kept, duplicates, beyond per_problem)."""
-    passing, seen, duplicates, start = {}, set(), 0, 0
+    passing, count, start = collections.defaultdict(dict), 0, 0
     with open(verified, "rb") as file, open(f"{path}.part", "wb") as out:
         for line in file:
             row = json.loads(line)
             if row["passed"]:
-                key, text = problem_key(row), row["response"].encode("utf-8", "surrogatepass")
-                digest = hashlib.blake2b(key + text, digest_size=16).digest()
-                duplicates += digest in seen
-                if digest not in seen:
-                    passing.setdefault(key, []).append((len(row["response"]), start))
-                seen.add(digest)
+                count += 1
+                text = row["response"]
+                passing[problem_key(row)].setdefault(hash(text), (len(text), start))
             start += len(line)
         chosen = [start for samples in passing.values()
-                  for _, start in sorted(samples)[:per_problem]]
+                  for _, start in sorted(samples.values())[:per_problem]]
         for start in sorted(chosen):
             file.seek(start)
             out.write(file.readline())
         out.flush()
         os.fsync(out.fileno())
     os.replace(out.name, path)
-    return len(chosen), duplicates, sum(map(len, passing.values())) - len(chosen)
+    different = sum(map(len, passing.values()))
+    return len(chosen), count - different, different - len(chosen)
 
 
 def parse_arguments():

@@ -7,8 +7,9 @@ programs (every test run in a sandbox, its output compared outside of the progra
 wrong accept enters the training set, a wrong reject costs one sample: in doubt an answer is wrong.
 Nothing that a model wrote is ever evaluated as Python outside of the sandbox.
 
-In order: maths (extraction, spelling, parsing, values, equality), worker processes, multiple
-choice, programs (the sandbox, the tests), the command. Needs neither torch nor the other files;
+In order: maths (extraction, spelling, parsing, values, equality), multiple choice, programs
+(extraction, tests, the sandbox from outside to inside), a sample's verdict, the worker processes
+that make all verdicts, the summary, the command. Needs neither torch nor the other files;
 mpmath, for answers with roots, logarithms and angles, comes with torch's sympy. Programs need
 Linux on x86_64 or aarch64.
 """
@@ -1442,15 +1443,15 @@ def fenced_blocks(text):
 def does_something(text):
     """Whether it is Python with more in it than values, which may be output."""
     return any(not isinstance(statement, ast.Expr) or isinstance(statement.value, ast.Call)
-               for statement in statements(text))
+               for statement in syntax_tree(text).body)
 
 
-def statements(source):
-    """The syntax trees of a Python text's statements: none of what is no Python."""
+def syntax_tree(source):
+    """A Python text as a module's syntax tree, without a statement if it is no Python."""
     try:
-        return ast.parse(source).body
+        return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
+        return ast.parse("")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1468,10 +1469,9 @@ def can_fail(test):
     functions and classes that nothing names, and what is there for a script's start."""
     if "assert" not in test:
         return True
-    body = statements(test["assert"])
-    named = {node.id for statement in body for node in ast.walk(statement)
-             if isinstance(node, ast.Name)}
-    for statement in body:
+    tree = syntax_tree(test["assert"])
+    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for statement in tree.body:
         at_start = isinstance(statement, ast.If) and "__name__" in ast.dump(statement.test)
         if not at_start and getattr(statement, "name", None) in {None, *named}:
             for node in ast.walk(statement):
@@ -1493,35 +1493,34 @@ def same_line(expected, got):
     expected = expected.split()
     got = got.split(None, len(expected) + 1)  # no more words than it takes to see that there are
     return len(expected) == len(got) and all(
-        a == b or DECIMAL.fullmatch(a) is not None and SIGNED.fullmatch(b) is not None
-        and close(float(a), float(b)) for a, b in zip(expected, got, strict=True))
+        a == b or DECIMAL.fullmatch(a) and SIGNED.fullmatch(b) and close(float(a), float(b))
+        for a, b in zip(expected, got, strict=True))
 
 
 def same_result(expected, got):
     """Whether a returned value is the expected one, both as JSON has them: a tuple is a list, keys
     are texts, 2.0 is 2 but True is not 1, and floats are close."""
-    if isinstance(expected, dict) and isinstance(got, dict):
+    kinds = {type(expected), type(got)}
+    if kinds == {dict}:
         return expected.keys() == got.keys() and all(
             same_result(value, got[key]) for key, value in expected.items())
-    if isinstance(expected, list) and isinstance(got, list):
+    if kinds == {list}:
         return len(expected) == len(got) and all(map(same_result, expected, got))
-    if isinstance(expected, float) and type(got) in (int, float):
+    if isinstance(expected, float) and kinds <= {int, float}:
         return close(expected, got)
-    kinds = {type(expected), type(got)}
     return expected == got and (len(kinds) == 1 or kinds == {int, float})
 
 
 def close(expected, got):
     """Whether a number is the expected decimal, as contests have it."""
     try:
-        return expected == got or math.isfinite(expected) and (
-            abs(expected - got) <= 1e-6 * max(1, abs(expected)))
+        return math.isclose(expected, got, rel_tol=1e-6, abs_tol=1e-6)
     except OverflowError:  # an int beyond all floats
         return False
 
 
 # ---------------------------------------------------------------------------------------------
-# Programs: the sandbox, from the outside
+# Programs: the sandbox
 
 
 class Sandbox:
@@ -1652,7 +1651,7 @@ def run_test(sandbox, code, test, timeout, memory):
         return "timeout"
     if mode == "assert" and result == b"gone":  # the program has ended before the judge
         return failure(codes[0], output)
-    if codes[-1] != 0 or result.startswith(b"error "):
+    if codes[-1] != 0:
         return failure(codes[-1], result)
     if mode == "assert":
         return result.decode()
@@ -1669,7 +1668,7 @@ def run_test(sandbox, code, test, timeout, memory):
 
 def failure(code, result):
     """A short reason. What the program says of itself only names a failure, never makes a pass."""
-    name = result[6:66].decode("ascii", "replace")
+    name = result[:60].decode("ascii", "replace")
     if name in ("memory", "syntax error"):
         return name
     if re.fullmatch(r"[\w ]+", name):
@@ -1677,21 +1676,22 @@ def failure(code, result):
     return f"runtime error: {f'exit {code}' if code >= 0 else f'signal {-code}'}"
 
 
-def code_verdict(response, tests, *limits, **options):
+def code_verdict(response, tests, **options):
     """The verdict on the program of a response."""
     code = find_program(response)
     if code is None:
         return Verdict(False, "no answer", None)
-    return program_verdict(code, tests, *limits, **options)
+    return program_verdict(code, tests, **options)
 
 
 # ---------------------------------------------------------------------------------------------
-# Programs: the sandbox, from the inside. From here on, nothing runs in a worker's process.
+# Programs: the zygote. From here to the samples, nothing runs in a worker's process.
 
 
 def zygote(descriptor):
     """The process that a Sandbox talks to. It imports what programs may want, for they can open no
-    file, then forks on request. It never reads what it hands on."""
+    file, then forks on request. It never reads what it hands on. It ends with the process that
+    started it, however that comes about, and its children with it."""
     channel = socket.socket(fileno=descriptor)
     libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     sys.set_int_max_str_digits(0)
@@ -1706,7 +1706,7 @@ def zygote(descriptor):
     uid = 0 if os.getuid() else 200_000_000 + os.getpid() % 100_000_000
     machine = os.uname().machine
     filtered = machine in MACHINES and libc.prctl(21, 0, 0, 0, 0) >= 0  # PR_GET_SECCOMP
-    own = {"parent": os.getpid(), "uid": uid, "tasks": 64 + (0 if uid else tasks_of(os.getuid())),
+    own = {"parent": os.getpid(), "uid": uid, "tasks": 64 + tasks_of(uid or os.getuid()),
            "filter": system_call_filter(machine) if filtered else b""}
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     channel.send(b"programs are confined by limits" + b", a user of their own" * bool(uid)
@@ -1726,9 +1726,10 @@ class Shelf(importlib.abc.Loader):
     needs no file, which a program could not open; only what is written in C is imported at once."""
 
     def __init__(self):
-        self.places, self.code = {}, bytearray()
+        self.places, self.code = {}, bytearray()  # a module's start in the code, whether a package
         self.take([sysconfig.get_path("stdlib"), sysconfig.get_config_var("DESTSHARED") or ""])
         file = memory_file(self.code)
+        # private and not to be written: no program changes what the next one imports
         self.code = mmap.mmap(file, len(self.code), mmap.MAP_PRIVATE, mmap.PROT_READ)
         os.close(file)
         # weakly held by zoneinfo itself
@@ -1778,7 +1779,8 @@ def serve(request, files):
 
 
 def start(request, work, *files):
-    """A confined process in which files are the descriptors 0, 1, 2, ...; it runs work."""
+    """A confined process in which files are the descriptors 0, 1, 2, ... and no others are open;
+    it runs work, which never returns."""
     pid = os.fork()
     if pid:
         return pid
@@ -1816,6 +1818,10 @@ def wait_for(pids, timeout):
     return [codes[pid] for pid in pids]
 
 
+# ---------------------------------------------------------------------------------------------
+# Programs: what a process does to itself, before it sees a program
+
+
 def confine(request):
     """What a child does to itself before a byte of the program is parsed: limits, user, and last
     the filter, which forbids what came before it."""
@@ -1839,233 +1845,6 @@ def limit_resources(request):
                        (resource.RLIMIT_FSIZE, MAX_OUTPUT), (resource.RLIMIT_NOFILE, 64),
                        (resource.RLIMIT_NPROC, request["tasks"])):
         set_limit(kind, most, most)
-
-
-def run_solution(mode):
-    """The program's process. It may compute, read descriptor 0 and write to 1 and 3, the result; 4
-    is its source, 5 and 6 are calls and answers where a judge asks for them."""
-    with open(4, "rb") as source:
-        setup, code, *call = json.load(source)
-    builtins.open = io.open = open_by_number
-    sys.stdin.reconfigure(errors="surrogateescape")
-    module = type(sys)("__main__" if mode == "main" else "solution")
-    sys.modules["__main__"] = sys.modules[module.__name__] = module
-    sys.argv[:] = ["program.py"]
-    if mode != "main":
-        sys.setrecursionlimit(50_000)
-        module.__builtins__ = CONTEST_NAMES | vars(builtins)
-    status = 0
-    try:
-        setup, code = compile(setup, "setup.py", "exec"), compile(code, "program.py", "exec")
-        exec(setup, module.__dict__)
-        exec(code, module.__dict__)
-        if mode == "call":
-            name, arguments = call
-            holder = module.__dict__.get("Solution")
-            function = getattr(holder(), name) if hasattr(holder, name) else module.__dict__[name]
-            os.write(3, json.dumps(function(*arguments), default=as_json).encode())
-        elif mode == "assert":
-            answer_calls(module.__dict__)
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else error.code is not None
-    except BaseException as error:
-        status = 1
-        os.write(3, error_line(error))
-    # as at an interpreter's end; files that the program left open are closed with their names
-    for finish in (threading._shutdown, atexit._run_exitfuncs, lambda: sys.stdout.flush(),
-                   sys.__stdout__.flush, module.__dict__.clear, gc.collect):
-        try:
-            finish()
-        except BaseException:  # it has closed or replaced them: what it printed tells
-            pass
-    os._exit(status & 255)
-
-
-def open_by_number(file, *arguments, real=io.open, **keywords):
-    """open(), which finds standard input and output also where nothing may be opened."""
-    number = {"/dev/stdin": 0, "/dev/stdout": 1}.get(file)
-    return real(file if number is None else os.dup(number), *arguments, **keywords)
-
-
-def as_json(value):
-    """For json.dumps: what is a number or a list in all but its type."""
-    if isinstance(value, (Fraction, decimal.Decimal)):
-        return float(value)
-    return unwrapped(value)
-
-
-def unwrapped(value):
-    """numpy's value as a plain one. NotPlain for what is not numpy's."""
-    if type(value).__module__.split(".")[0] == "numpy" and hasattr(value, "tolist"):
-        return value.tolist()
-    raise NotPlain(f"a {type(value).__name__} does not leave its process")
-
-
-class NotPlain(Exception):
-    """A value is no plain data, and so stays in its process."""
-
-
-def error_line(error):
-    """What a process reports of an exception."""
-    name = type(error).__name__
-    if isinstance(error, MemoryError):
-        name = "memory"
-    elif isinstance(error, SyntaxError):
-        name = "syntax error"
-    elif isinstance(error, NotPlain):
-        name = str(error)
-    return b"error " + name.encode("utf-8", "replace")[:99]
-
-
-def names_of(modules):
-    """All names of these modules, and the modules that contests know."""
-    names = {}
-    exec("\n".join([f"from {name} import *" for name in modules]
-                   + [f"import {name}" for name in CONTEST_MODULES]), names)
-    return names
-
-
-USUAL_NAMES, CONTEST_NAMES = names_of(USUAL_MODULES), names_of(CONTEST_MODULES)
-
-
-class Channel:
-    """One end of the talk of a judge with a program, a line of JSON a message:
-
-        judge                                         program
-          <----------------- ["add", "helper"] ----     its functions, once
-          ---- ["add", arguments, keywords] ------->     a call
-          <-------- ["value", value, arguments] ----     what it gave, and the arguments after it,
-          <-------- ["error", kinds, text] ---------     or its exception
-
-    What they hold goes through `encode` and `decode`, so that nothing of the program's making, but
-    plain data, is ever in the judge's process."""
-
-    def __init__(self, incoming, outgoing):
-        self.incoming, self.outgoing = open(incoming, "rb"), open(outgoing, "wb")
-
-    def send(self, *message):
-        self.outgoing.write(json.dumps(message).encode() + b"\n")
-        self.outgoing.flush()
-
-    def receive(self):
-        line = self.incoming.readline(MAX_OUTPUT)
-        if not line.endswith(b"\n"):
-            raise Gone
-        return json.loads(line)
-
-
-class Gone(BaseException):
-    """The process at the other end of a channel has ended."""
-
-
-def answer_calls(namespace):
-    """The program's side of an assert test."""
-    channel = Channel(5, 6)
-    channel.send(*[name for name, value in namespace.items() if callable(value)])
-    while True:
-        name, arguments, keywords = channel.receive()
-        try:
-            arguments = decode(arguments)
-            value = namespace[name](*arguments, **decode(keywords))
-            channel.send("value", encode(value), encode(arguments))
-        except BaseException as error:
-            kinds = [kind.__name__ for kind in type(error).__mro__ if kind in ERRORS.values()]
-            channel.send("error", kinds, str(error)[:999])
-
-
-def run_judge(mode):
-    """The judge's process: descriptors 3 verdict, 4 setup and test, 5 answers, 6 calls. It runs
-    the test, in which the program's functions are calls of the other process."""
-    with open(4, "rb") as source:
-        setup, test = json.load(source)
-    channel, calls = Channel(5, 6), []
-
-    def stand_in(name):
-        def call(*arguments, **keywords):
-            calls.append(name)
-            channel.send(name, encode(list(arguments)), encode(keywords))
-            kind, value, after = channel.receive()
-            if kind == "error":
-                raise next((ERRORS[name] for name in value if name in ERRORS), RuntimeError)(after)
-            for ours, theirs in zip(arguments, decode(after), strict=True):
-                if type(ours) is type(theirs) and type(ours) in (list, set, dict):
-                    ours.clear()
-                    ours.__init__(theirs)  # changed in place
-            return decode(value)
-        return call
-    namespace = {"__name__": "judge", "__builtins__": USUAL_NAMES | vars(builtins)}
-    try:
-        functions = channel.receive()
-        exec(compile(setup, "setup.py", "exec"), namespace)
-        for name in tested_names(functions, test, namespace):
-            namespace[name] = stand_in(name)
-        exec(compile(test, "test.py", "exec"), namespace)
-        verdict = b"correct" if calls else b"no test: it does not call the program"
-    except AssertionError:
-        verdict = b"wrong answer"
-    except Gone:
-        verdict = b"gone"
-    except BaseException as error:
-        verdict = error_line(error)
-    os.write(3, verdict)
-    os._exit(0)
-
-
-def tested_names(functions, test, namespace):
-    """The functions of a program that a test means: not what the setup defines, and a usual or
-    built-in name only if it is the function under test, check(max), or the sole one: a false len
-    or Counter must not make a test hold."""
-    named = set(re.findall(r"\w+", test)).intersection(functions) - namespace.keys()
-    known = named & namespace["__builtins__"].keys()
-    if len(named) == len(known) == 1:
-        return named
-    return named - known | {name for name in known if re.search(rf"\bcheck\({name}\)", test)}
-
-
-# A program's exceptions that become the judge's: none that would end a loop or the process, nor
-# those that a text alone does not make.
-ERRORS = {"NotPlain": NotPlain} | {
-    name: kind for name, kind in vars(builtins).items()
-    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(
-        kind, (StopIteration, StopAsyncIteration, UnicodeError, ExceptionGroup))}
-
-
-def encode(value):
-    """A value as JSON: of plain data and of the standard library's types in PARTS. An iterator is
-    the list of what it yields. NotPlain for all else."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    for kind in type(value).__mro__:
-        if kind is tuple and hasattr(value, "_fields"):
-            return ["namedtuple", *map(encode, (type(value).__name__, value._fields, *value))]
-        if kind in PARTS:
-            return [kind.__name__, *map(encode, PARTS[kind](value))]
-    if isinstance(value, (collections.abc.Iterator, collections.abc.MappingView)):
-        return encode(list(itertools.islice(value, MAX_YIELDED)))
-    return encode(unwrapped(value))
-
-
-def decode(form):
-    """encode's inverse: the judge's own types only, whatever the sender was."""
-    if not isinstance(form, list):
-        return form
-    name, *parts = form
-    kind, parts = KINDS[name], map(decode, parts)
-    return kind(parts) if PARTS.get(kind) in (iter, dict.items) else kind(*parts)
-
-
-# What crosses, and how it comes apart: by `iter` and `items` what it is made of, else arguments.
-PARTS = {
-    **dict.fromkeys((list, tuple, set, frozenset, bytes, collections.deque), iter),
-    **dict.fromkeys((dict, collections.OrderedDict), dict.items),
-    **{kind: lambda value, kind=kind: kind.__reduce__(value)[1] for kind in (  # as for pickle
-        Fraction, decimal.Decimal, range, datetime.datetime, datetime.date, datetime.time,
-        datetime.timedelta, datetime.timezone)},
-    complex: lambda value: (value.real, value.imag),
-    collections.Counter: lambda value: (dict(value),),
-    collections.defaultdict: lambda value: (None, dict(value))}
-KINDS = {kind.__name__: kind for kind in PARTS} | {
-    "namedtuple": lambda name, fields, *items: collections.namedtuple(name, fields)(*items)}
 
 
 def tasks_of(uid):
@@ -2149,6 +1928,244 @@ def install_filter(program):
 
 
 # ---------------------------------------------------------------------------------------------
+# Programs: the process of a program
+
+
+def names_of(modules):
+    """All names of these modules, and the modules that contests know."""
+    names = {}
+    exec("\n".join(f"from {name} import *" for name in modules), names)
+    exec(f"import {', '.join(CONTEST_MODULES)}", names)
+    return names
+
+
+USUAL_NAMES, CONTEST_NAMES = names_of(USUAL_MODULES), names_of(CONTEST_MODULES)
+
+
+def run_solution(mode):
+    """The program's process, in one of the modes of `Sandbox.run`. It may compute, read descriptor
+    0 and write to 1 and 3, the result; 4 is its source, 5 and 6 are calls and answers where a judge
+    asks for them."""
+    with open(4, "rb") as source:
+        setup, code, *call = json.load(source)
+    builtins.open = io.open = open_by_number
+    sys.stdin.reconfigure(errors="surrogateescape")
+    module = type(sys)("__main__" if mode == "main" else "solution")
+    sys.modules["__main__"] = sys.modules[module.__name__] = module
+    sys.argv[:] = ["program.py"]
+    if mode != "main":
+        sys.setrecursionlimit(50_000)
+        module.__builtins__ = CONTEST_NAMES | vars(builtins)
+    status = 0
+    try:
+        setup, code = compile(setup, "setup.py", "exec"), compile(code, "program.py", "exec")
+        exec(setup, module.__dict__)
+        exec(code, module.__dict__)
+        if mode == "call":
+            name, arguments = call
+            holder = module.__dict__.get("Solution")
+            function = getattr(holder(), name) if hasattr(holder, name) else module.__dict__[name]
+            os.write(3, json.dumps(function(*arguments), default=as_json).encode())
+        elif mode == "assert":
+            answer_calls(module.__dict__)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else error.code is not None
+    except BaseException as error:
+        status = 1
+        os.write(3, error_name(error))
+    # as at an interpreter's end; files that the program left open are closed with their names
+    for finish in (threading._shutdown, atexit._run_exitfuncs, lambda: sys.stdout.flush(),
+                   sys.__stdout__.flush, module.__dict__.clear, gc.collect):
+        try:
+            finish()
+        except BaseException:  # it has closed or replaced them: what it printed tells
+            pass
+    os._exit(status & 255)
+
+
+def open_by_number(file, *arguments, real=io.open, **keywords):
+    """open(), which finds standard input and output also where nothing may be opened."""
+    number = {"/dev/stdin": 0, "/dev/stdout": 1}.get(file)
+    return real(file if number is None else os.dup(number), *arguments, **keywords)
+
+
+def as_json(value):
+    """For json.dumps: what is a number or a list in all but its type."""
+    if isinstance(value, (Fraction, decimal.Decimal)):
+        return float(value)
+    return unwrapped(value)
+
+
+def unwrapped(value):
+    """numpy's value as a plain one. NotPlain for what is not numpy's."""
+    if type(value).__module__.split(".")[0] == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    raise NotPlain(f"a {type(value).__name__} does not leave its process")
+
+
+class NotPlain(Exception):
+    """A value is no plain data, and so stays in its process."""
+
+
+def error_name(error):
+    """What a process says of an exception."""
+    name = type(error).__name__
+    if isinstance(error, MemoryError):
+        name = "memory"
+    elif isinstance(error, SyntaxError):
+        name = "syntax error"
+    elif isinstance(error, NotPlain):
+        name = str(error)
+    return name.encode("utf-8", "replace")
+
+
+# ---------------------------------------------------------------------------------------------
+# Programs: the judge, who runs a test's asserts and has the program answer its calls
+
+
+class Channel:
+    """One end of the talk of a judge with a program, a line of JSON a message:
+
+        judge                                         program
+          <----------------- ["add", "helper"] ----     its functions, once
+          ---- ["add", arguments, keywords] ------->     a call
+          <-------- ["value", value, arguments] ----     what it gave, and the arguments after it,
+          <-------- ["error", kinds, text] ---------     or its exception
+
+    What they hold goes through `encode` and `decode`, so that nothing of the program's making, but
+    plain data, is ever in the judge's process."""
+
+    def __init__(self, incoming, outgoing):
+        self.incoming, self.outgoing = open(incoming, "rb"), open(outgoing, "wb")
+
+    def send(self, *message):
+        self.outgoing.write(json.dumps(message).encode() + b"\n")
+        self.outgoing.flush()
+
+    def receive(self):
+        line = self.incoming.readline(MAX_OUTPUT)
+        if not line.endswith(b"\n"):
+            raise Gone
+        return json.loads(line)
+
+
+class Gone(BaseException):
+    """The process at the other end of a channel has ended."""
+
+
+def answer_calls(namespace):
+    """The program's side of an assert test."""
+    channel = Channel(5, 6)
+    channel.send(*[name for name, value in namespace.items() if callable(value)])
+    while True:
+        name, arguments, keywords = channel.receive()
+        try:
+            arguments = decode(arguments)
+            value = namespace[name](*arguments, **decode(keywords))
+            channel.send("value", encode(value), encode(arguments))
+        except BaseException as error:
+            kinds = [kind.__name__ for kind in type(error).__mro__ if kind in ERRORS.values()]
+            channel.send("error", kinds, str(error)[:999])
+
+
+def run_judge(mode):
+    """The judge's process: descriptors 3 verdict, 4 setup and test, 5 answers, 6 calls. It runs
+    the test, in which the program's functions are calls of the other process. The verdict `gone`,
+    that the program has ended, leaves it to the program's own result to say why."""
+    with open(4, "rb") as source:
+        setup, test = json.load(source)
+    channel, calls = Channel(5, 6), []
+
+    def stand_in(name):
+        def call(*arguments, **keywords):
+            calls.append(name)
+            channel.send(name, encode(list(arguments)), encode(keywords))
+            kind, value, after = channel.receive()
+            if kind == "error":
+                raise next((ERRORS[name] for name in value if name in ERRORS), RuntimeError)(after)
+            for ours, theirs in zip(arguments, decode(after), strict=True):
+                if type(ours) is type(theirs) and type(ours) in (list, set, dict):
+                    ours.clear()
+                    ours.__init__(theirs)  # changed in place
+            return decode(value)
+        return call
+    namespace = {"__name__": "judge", "__builtins__": USUAL_NAMES | vars(builtins)}
+    status = 0
+    try:
+        functions = channel.receive()
+        exec(compile(setup, "setup.py", "exec"), namespace)
+        for name in tested_names(functions, test, namespace):
+            namespace[name] = stand_in(name)
+        exec(compile(test, "test.py", "exec"), namespace)
+        verdict = b"correct" if calls else b"no test: it does not call the program"
+    except AssertionError:
+        verdict = b"wrong answer"
+    except Gone:
+        verdict = b"gone"
+    except BaseException as error:
+        status, verdict = 1, error_name(error)
+    os.write(3, verdict)
+    os._exit(status)
+
+
+def tested_names(functions, test, namespace):
+    """The functions of a program that a test means: not what the setup defines, and a usual or
+    built-in name only if it is the function under test, check(max), or the sole one: a false len
+    or Counter must not make a test hold."""
+    named = set(re.findall(r"\w+", test)).intersection(functions) - namespace.keys()
+    known = named & namespace["__builtins__"].keys()
+    if len(named) == len(known) == 1:
+        return named
+    return named - known | {name for name in known if re.search(rf"\bcheck\({name}\)", test)}
+
+
+# A program's exceptions that become the judge's: none that would end a loop or the process, nor
+# those that a text alone does not make.
+ERRORS = {"NotPlain": NotPlain} | {
+    name: kind for name, kind in vars(builtins).items()
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(
+        kind, (StopIteration, StopAsyncIteration, UnicodeError, ExceptionGroup))}
+
+
+def encode(value):
+    """A value as JSON: of plain data and of the standard library's types in PARTS. An iterator is
+    the list of what it yields. NotPlain for all else."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    for kind in type(value).__mro__:
+        if kind is tuple and hasattr(value, "_fields"):
+            return ["namedtuple", *map(encode, (type(value).__name__, value._fields, *value))]
+        if kind in PARTS:
+            return [kind.__name__, *map(encode, PARTS[kind](value))]
+    if isinstance(value, (collections.abc.Iterator, collections.abc.MappingView)):
+        return encode(list(itertools.islice(value, MAX_YIELDED)))
+    return encode(unwrapped(value))
+
+
+def decode(form):
+    """encode's inverse: the judge's own types only, whatever the sender was."""
+    if not isinstance(form, list):
+        return form
+    name, *parts = form
+    kind, parts = KINDS[name], map(decode, parts)
+    return kind(parts) if PARTS.get(kind) in (iter, dict.items) else kind(*parts)
+
+
+# What crosses, and how it comes apart: by `iter` and `items` what it is made of, else arguments.
+PARTS = {
+    **dict.fromkeys((list, tuple, set, frozenset, bytes, collections.deque), iter),
+    **dict.fromkeys((dict, collections.OrderedDict), dict.items),
+    **{kind: lambda value, kind=kind: kind.__reduce__(value)[1] for kind in (  # as for pickle
+        Fraction, decimal.Decimal, range, datetime.datetime, datetime.date, datetime.time,
+        datetime.timedelta, datetime.timezone)},
+    complex: lambda value: (value.real, value.imag),
+    collections.Counter: lambda value: (dict(value),),
+    collections.defaultdict: lambda value: (None, dict(value))}
+KINDS = {kind.__name__: kind for kind in PARTS} | {
+    "namedtuple": lambda name, fields, *items: collections.namedtuple(name, fields)(*items)}
+
+
+# ---------------------------------------------------------------------------------------------
 # Samples: one verdict each
 
 
@@ -2226,21 +2243,21 @@ os.register_at_fork(after_in_child=IDLE.clear)  # they are the parent's
 def judged(calls, workers):
     """The outcome of each call, in their order. A call is the name of a function of this file,
     arguments and options; so many are under way at once, and a bounded number waits its turn."""
-    calls, waiting, busy = iter(calls), collections.deque(), {}
+    calls, places, busy = iter(calls), collections.deque(), {}
     try:
         while True:
-            while len(busy) < workers and len(waiting) < 16 * workers and (
+            while len(busy) < workers and len(places) < 16 * workers and (
                     call := next(calls, None)):
                 worker = begin(call)
-                waiting.append([])
-                busy[worker.connection] = worker, waiting[-1]
-            if not waiting:
+                places.append([])  # for its outcome
+                busy[worker.connection] = worker, places[-1]
+            if not places:
                 return
             for connection in multiprocessing.connection.wait(busy):
                 worker, place = busy.pop(connection)
                 place.append(worker.outcome())
-            while waiting and waiting[0]:
-                yield waiting.popleft()[0]
+            while places and places[0]:
+                yield places.popleft()[0]
     finally:
         for worker, _ in busy.values():
             worker.process.kill()
@@ -2335,9 +2352,9 @@ def run_program(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=F
     return ask("program_verdict", code, tests, timeout, memory, allow_unsafe)
 
 
-def verify_code(response, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=False):
-    """The verdict on the program in a response (see `find_program`), as run_program gives it."""
-    return ask("code_verdict", response, tests, timeout, memory, allow_unsafe)
+def verify_code(response, tests, **options):
+    """The verdict on the program in a response (see `find_program`); options go to run_program."""
+    return ask("code_verdict", response, tests, **options)
 
 
 def verify_sample(sample, **options):

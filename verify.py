@@ -1521,6 +1521,9 @@ def close(expected, got):
 
 # ---------------------------------------------------------------------------------------------
 # Programs: the sandbox
+#
+#     command --> worker, one a core --> zygote --fork, once a test--> program
+#                 (this and above)       (below)             and where a test asserts, the judge
 
 
 class Sandbox:
@@ -1671,17 +1674,17 @@ def failure(code, result):
     name = result[:60].decode("ascii", "replace")
     if name in ("memory", "syntax error"):
         return name
-    if re.fullmatch(r"[\w ]+", name):
-        return f"runtime error: {name}"
-    return f"runtime error: {f'exit {code}' if code >= 0 else f'signal {-code}'}"
+    if not re.fullmatch(r"[\w ]+", name):
+        name = f"exit {code}" if code >= 0 else f"signal {-code}"
+    return f"runtime error: {name}"
 
 
-def code_verdict(response, tests, **options):
+def code_verdict(response, tests, *limits, **options):
     """The verdict on the program of a response."""
     code = find_program(response)
     if code is None:
-        return Verdict(False, "no answer", None)
-    return program_verdict(code, tests, **options)
+        return Verdict(False, "no answer")
+    return program_verdict(code, tests, *limits, **options)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2188,8 +2191,8 @@ def sample_verdict(sample, **options):
         return Verdict(False, "structure")
     if kind == "code":
         return code_verdict(sample["response"], sample["tests"], **options)
-    judge = math_verdict if kind == "math" else choice_verdict
-    return judge(sample["response"], sample["answer"])
+    verdict = math_verdict if kind == "math" else choice_verdict
+    return verdict(sample["response"], sample["answer"])
 
 
 def keeps_structure(sample):
@@ -2232,7 +2235,7 @@ class Worker:
             IDLE.append(self)
         except (EOFError, OSError):
             late = self.process.wait() == -signal.SIGALRM
-            outcome = False, "timeout" if late else f"{GRADER_ERROR}: its process ended", None
+            outcome = False, "timeout" if late else f"{GRADER_ERROR}: its process ended"
         return Verdict(*outcome) if isinstance(outcome, tuple) else outcome
 
 
@@ -2298,7 +2301,7 @@ def work(descriptor):
         except Exception as error:
             SANDBOX = None  # it may wait for something
             text = f"{GRADER_ERROR}: {type(error).__name__}: {error}"
-            outcome = False, " ".join(text[:200].split()), None
+            outcome = False, " ".join(text[:200].split())
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send(outcome)
 
@@ -2352,9 +2355,9 @@ def run_program(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=F
     return ask("program_verdict", code, tests, timeout, memory, allow_unsafe)
 
 
-def verify_code(response, tests, **options):
-    """The verdict on the program in a response (see `find_program`); options go to run_program."""
-    return ask("code_verdict", response, tests, **options)
+def verify_code(response, tests, *limits, **options):
+    """The verdict on the program in a response (see `find_program`); all else goes to run_program."""
+    return ask("code_verdict", response, tests, *limits, **options)
 
 
 def verify_sample(sample, **options):
@@ -2600,8 +2603,8 @@ def resume(out, rows, summary):
             place, given = next(rows, ("any row of the input", {}))
             try:
                 row = json.loads(line)
-                same = all(given.get(name) == row[name] for name in (
-                    "source", "id", "sample", "response") if name in row)
+                same = all(given.get(name) == row.get(name)
+                           for name in ("source", "id", "sample", "response"))
                 summary.add(row)
             except (ValueError, LookupError, TypeError, AttributeError):
                 same = False

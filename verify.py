@@ -49,7 +49,6 @@ import statistics
 import struct
 import subprocess
 import sys
-import sysconfig
 import textwrap
 import threading
 import time
@@ -1596,7 +1595,7 @@ attempt("write", lambda: os.remove(open("/dev/shm/sky-t1-probe", "w").name) is N
 attempt("read", lambda: os.open("/etc/passwd", os.O_RDONLY) + 1)
 attempt("read", lambda: os.open("/proc/%d/mem" % parent, os.O_RDONLY) + 1)
 attempt("signal", lambda: os.kill(parent, 0) is None)
-attempt("trace", lambda: libc.ptrace(16, parent, 0, 0) == 0)
+attempt("trace", lambda: libc.ptrace(0x4206, parent, 0, 0) == 0)  # PTRACE_SEIZE stops nothing
 attempt("limit", lambda: libc.prlimit(os.getppid(), 7, 0, 0) == 0)
 attempt("memory", lambda: bytearray(1 << 36))
 attempt("exec", lambda: os.execv("/bin/sh", ["sh", "-c", "echo exec"]))
@@ -1705,8 +1704,7 @@ def zygote(descriptor):
     sys.stdout.flush()  # what a module has printed
     gc.collect()
     gc.freeze()
-    # root becomes a user that no one else is, so that its limits count this sandbox's tasks alone
-    uid = 0 if os.getuid() else 200_000_000 + os.getpid() % 100_000_000
+    uid = private_user()
     machine = os.uname().machine
     filtered = machine in MACHINES and libc.prctl(21, 0, 0, 0, 0) >= 0  # PR_GET_SECCOMP
     own = {"parent": os.getpid(), "uid": uid, "tasks": 64 + tasks_of(uid or os.getuid()),
@@ -1730,7 +1728,7 @@ class Shelf(importlib.abc.Loader):
 
     def __init__(self):
         self.places, self.code = {}, bytearray()  # a module's start in the code, whether a package
-        self.take([sysconfig.get_path("stdlib"), sysconfig.get_config_var("DESTSHARED") or ""])
+        self.take([path for path in sys.path if not path.endswith("-packages")])
         file = memory_file(self.code)
         # private and not to be written: no program changes what the next one imports
         self.code = mmap.mmap(file, len(self.code), mmap.MAP_PRIVATE, mmap.PROT_READ)
@@ -1848,6 +1846,12 @@ def limit_resources(request):
                        (resource.RLIMIT_FSIZE, MAX_OUTPUT), (resource.RLIMIT_NOFILE, 64),
                        (resource.RLIMIT_NPROC, request["tasks"])):
         set_limit(kind, most, most)
+
+
+def private_user():
+    """Root becomes a user that no one else is, so that its limits count this sandbox's tasks alone;
+    0 where that is not possible."""
+    return 0 if os.getuid() else 200_000_000 + os.getpid() % 100_000_000
 
 
 def tasks_of(uid):
@@ -2356,7 +2360,7 @@ def run_program(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=F
 
 
 def verify_code(response, tests, *limits, **options):
-    """The verdict on the program in a response (see `find_program`); all else goes to run_program."""
+    """The verdict on the program in a response (see `find_program`), as run_program gives it."""
     return ask("code_verdict", response, tests, *limits, **options)
 
 
@@ -2636,7 +2640,7 @@ def keep(verified, path, per_problem):
             row = json.loads(line)
             if row["passed"]:
                 count += 1
-                text = row["response"]
+                text = row["response"]  # of which the hash, 64 bits, is enough within a problem
                 passing[problem_key(row)].setdefault(hash(text), (len(text), start))
             start += len(line)
         chosen = [start for samples in passing.values()
@@ -2672,6 +2676,7 @@ def parse_arguments():
 
 def main():
     """Verify what is not verified yet, write each verdict as it is there, then keep and print."""
+    # 1. what can be refused is refused before anything is read
     args = parse_arguments()
     sys.set_int_max_str_digits(0)
     for name in args.samples:
@@ -2683,17 +2688,21 @@ def main():
     for path in paths:
         if os.path.isdir(path):
             raise BadInput(f"{path} is a folder: name a file")
+
+    # 2. what an earlier run has done; a first row that is refused creates nothing
     summary, rows = Summary(), input_rows(args.samples)
     done = resume(args.out, rows, summary) if os.path.exists(args.out) else 0
     if done:
         print(f"{args.out}: {done} rows are verified already", file=sys.stderr)
     rows = verified_rows(rows, args.workers, {
         "timeout": args.timeout, "memory": args.memory, "allow_unsafe": args.allow_unsafe})
-    head = list(itertools.islice(rows, 1))  # rows that are refused create nothing
+    head = list(itertools.islice(rows, 1))
     if not head and not done:
         raise BadInput(f"{', '.join(args.samples)}: no samples")
     for path in paths:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+
+    # 3. verify
     told = False
     with open(args.out, "a", encoding="utf-8", errors="surrogatepass") as out:
         for row in tqdm(itertools.chain(head, rows), initial=done, unit=" samples", disable=None):
@@ -2703,6 +2712,8 @@ def main():
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
             summary.add(row)
+
+    # 4. keep and print
     kept = keep(args.out, args.keep, args.per_problem) if args.keep else None
     if args.json:
         print(json.dumps({"rows": summary.rows(), "kept": kept[0] if kept else None,

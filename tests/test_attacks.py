@@ -35,7 +35,7 @@ HARMLESS = ("a signal that only asks whether one may", "a fork", "a new file", "
             "memory of the parent read", "a confinement that is not there")
 # layers of confinement, and how a zygote is made that lacks one
 LAYERS = {"limits": "verify.limit_resources = lambda request: None",
-          "uid": "os.setgroups = os.setresgid = os.setresuid = lambda *ids: None"}
+          "uid": "verify.private_user = lambda: 0"}
 # what no other layer can hold: as root, nothing but the uid makes the limit on threads count
 ALONE = {"limits": (MEMORY, THREADS), "uid": (THREADS,)}
 CHECKED_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue", "/run", "/run/lock", "/", ".",
@@ -265,6 +265,7 @@ def judge(code, tests, change=None, **options):
     if change is None:
         return verify.run_program(code, tests, **options)
     verify.SANDBOX = sandbox(change)
+    sys.set_int_max_str_digits(0)
     try:
         return verify.program_verdict(code, tests, **options)
     finally:

@@ -789,6 +789,25 @@ def test_mbpps_prompt_shows_its_tests(tmp_path):
         assert problem["prompt"].startswith("Write f.\n") and "f(1) == 2" in problem["prompt"]
 
 
+NO_TESTS = ["", "# nothing", "f(1)", "def check(candidate):\n    assert candidate(1) == 2\n",
+            "class Test:\n    def run(self):\n        assert f(1) == 2\n", "assert f(1) ==",
+            "if __name__ == '__main__':\n    assert f(1) == 2\n"]
+
+
+def test_a_test_that_no_program_fails_is_none(tmp_path):
+    good = "def check(candidate):\n    assert candidate(1) == 2\n\ncheck(f)"
+    rows = [{"id": str(i), "prompt": "Write f.", "tests": [{"assert": test}]}
+            for i, test in enumerate(NO_TESTS)]
+    counts = Counter()
+    path = tmp_path / "set.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [
+        *rows, {"id": "good", "prompt": "Write f.", "tests": [
+            {"assert": NO_TESTS[0]}, {"assert": good}, {"assert": "assert f(1) == 2"}]}]))
+    kept, = read_problems([path], counts)
+    assert kept["tests"] == [{"assert": good}, {"assert": "assert f(1) == 2"}]
+    assert counts == {"rows": 8, "without tests": 7, "kept": 1}
+
+
 def test_every_humaneval_row_converts_and_its_own_solution_passes():
     """The solution without the prompt's imports and helpers: the test's setup brings them."""
     path = shared_file("humaneval/HumanEval.jsonl.gz")

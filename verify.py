@@ -2137,7 +2137,7 @@ ERRORS = {"NotPlain": NotPlain} | {
 def encode(value):
     """A value as JSON: of plain data and of the standard library's types in PARTS. An iterator is
     the list of what it yields. NotPlain for all else."""
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, (int, float, str)):
         return value
     for kind in type(value).__mro__:
         if kind is tuple and hasattr(value, "_fields"):

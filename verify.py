@@ -7,8 +7,9 @@ programs (every test run in a sandbox, its output compared outside of the progra
 wrong accept enters the training set, a wrong reject costs one sample: in doubt an answer is wrong.
 Nothing that a model wrote is ever evaluated as Python outside of the sandbox.
 
-In order: maths (extraction, spelling, parsing, values, equality), worker processes, multiple
-choice, programs (the sandbox, the tests), the command. Needs neither torch nor the other files;
+In order: maths (extraction, spelling, parsing, values, equality), multiple choice, programs
+(extraction, tests, the sandbox from outside to inside), a sample's verdict, the worker processes
+that make all verdicts, the summary, the command. Needs neither torch nor the other files;
 mpmath, for answers with roots, logarithms and angles, comes with torch's sympy. Programs need
 Linux on x86_64 or aarch64.
 """
@@ -22,8 +23,8 @@ import datetime
 import decimal
 import errno
 import fcntl
-import functools
 import gc
+import glob
 import hashlib
 import importlib.abc
 import importlib.machinery
@@ -73,6 +74,10 @@ class NotMath(Exception):
 
 class TooBig(Exception):
     """Beyond what is worked out in this process, or at all."""
+
+
+class BadInput(ValueError):
+    """One line for the user: exit status 2."""
 
 
 class Verdict(NamedTuple):
@@ -138,6 +143,8 @@ CHOSEN = re.compile(r"[(\[]\s*([A-Ja-j])\s*[)\]]|([A-J])(?![A-Za-z0-9'])(?!\s+[a
 TOKEN = re.compile(r"\s+|⟪[^⟫]*⟫|\d+(?:\.\d+)?[eE][+-]?\d+(?![A-Za-z])|\d+(?:\.\d*)?|\.\d+"
                    r"|\\[A-Za-z]+|\\.|[A-Za-z]+|.", re.DOTALL)
 
+TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
+        "<|end_of_solution|>")  # plain text to Qwen's tokenizer
 TEST_FORMS = ({"input": str, "output": str}, {"assert": str},
               {"fn_name": str, "args": list, "expected": object})
 PYTHON = ("python", "py", "python3")  # labels of a program
@@ -1402,12 +1409,15 @@ def find_program(response):
     output, else the last of all. One line or a doctest does not replace what is longer."""
     solution = response.rpartition(TAGS[2])[2].partition(TAGS[3])[0]
     blocks = fenced_blocks(solution) or fenced_blocks(response)
-    ranks = []
-    for number, (label, text) in enumerate(blocks):
-        longer = "\n" in text.strip() and not text.lstrip().startswith(">>>")
-        program = label in PYTHON or label == "" and does_something(text)
-        ranks.append((program and longer, label in PYTHON, program, number))
-    return blocks[max(ranks)[-1]][1] if blocks else None
+    return max(reversed(blocks), key=rank)[1] if blocks else None  # of equals the last
+
+
+def rank(block):
+    """By what blocks are compared, the most important first."""
+    label, text = block
+    longer = "\n" in text.strip() and not text.lstrip().startswith(">>>")
+    program = label in PYTHON or label == "" and does_something(text)
+    return program and longer, label in PYTHON, program
 
 
 def fenced_blocks(text):
@@ -1432,17 +1442,15 @@ def fenced_blocks(text):
 def does_something(text):
     """Whether it is Python with more in it than values, which may be output."""
     return any(not isinstance(statement, ast.Expr) or isinstance(statement.value, ast.Call)
-               for statement in statements(text))
+               for statement in syntax_tree(text).body)
 
 
-def statements(source):
-    """The syntax trees of a Python text's statements: none of what is no Python."""
+def syntax_tree(source):
+    """A Python text as a module's syntax tree, without a statement if it is no Python."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ast.parse(source).body
+        return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
+        return ast.parse("")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1460,10 +1468,9 @@ def can_fail(test):
     functions and classes that nothing names, and what is there for a script's start."""
     if "assert" not in test:
         return True
-    body = statements(test["assert"])
-    named = {node.id for statement in body for node in ast.walk(statement)
-             if isinstance(node, ast.Name)}
-    for statement in body:
+    tree = syntax_tree(test["assert"])
+    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for statement in tree.body:
         at_start = isinstance(statement, ast.If) and "__name__" in ast.dump(statement.test)
         if not at_start and getattr(statement, "name", None) in {None, *named}:
             for node in ast.walk(statement):
@@ -1485,35 +1492,37 @@ def same_line(expected, got):
     expected = expected.split()
     got = got.split(None, len(expected) + 1)  # no more words than it takes to see that there are
     return len(expected) == len(got) and all(
-        a == b or DECIMAL.fullmatch(a) is not None and SIGNED.fullmatch(b) is not None
-        and close(float(a), float(b)) for a, b in zip(expected, got, strict=True))
+        a == b or DECIMAL.fullmatch(a) and SIGNED.fullmatch(b) and close(float(a), float(b))
+        for a, b in zip(expected, got, strict=True))
 
 
 def same_result(expected, got):
     """Whether a returned value is the expected one, both as JSON has them: a tuple is a list, keys
     are texts, 2.0 is 2 but True is not 1, and floats are close."""
-    if isinstance(expected, dict) and isinstance(got, dict):
+    kinds = {type(expected), type(got)}
+    if kinds == {dict}:
         return expected.keys() == got.keys() and all(
             same_result(value, got[key]) for key, value in expected.items())
-    if isinstance(expected, list) and isinstance(got, list):
+    if kinds == {list}:
         return len(expected) == len(got) and all(map(same_result, expected, got))
-    if isinstance(expected, float) and type(got) in (int, float):
+    if isinstance(expected, float) and kinds <= {int, float}:
         return close(expected, got)
-    kinds = {type(expected), type(got)}
     return expected == got and (len(kinds) == 1 or kinds == {int, float})
 
 
 def close(expected, got):
     """Whether a number is the expected decimal, as contests have it."""
     try:
-        return expected == got or math.isfinite(expected) and (
-            abs(expected - got) <= 1e-6 * max(1, abs(expected)))
+        return math.isclose(expected, got, rel_tol=1e-6, abs_tol=1e-6)
     except OverflowError:  # an int beyond all floats
         return False
 
 
 # ---------------------------------------------------------------------------------------------
-# Programs: the sandbox, from the outside
+# Programs: the sandbox
+#
+#     command --> worker, one a core --> zygote --fork, once a test--> program
+#                 (this and above)       (below)             and where a test asserts, the judge
 
 
 class Sandbox:
@@ -1531,14 +1540,16 @@ class Sandbox:
             cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()])
         theirs.close()
-        self.layers = json.loads(self.socket.recv(1000))
+        self.containment = self.socket.recv(1000).decode()
         codes, output, _ = self.run("main", ["", PROBE], str(os.getpid()).encode())
         self.holes = output.decode().split() if codes == [0] else [f"end with {codes}"]
 
     def run(self, mode, source, given, timeout=10, memory=DEFAULT_MEMORY):
-        """Run a program, [setup, code]. mode "main": given is its input; "call": the call; "serve":
-        the judge's source, which runs beside it. Returns the exit codes of both (None: too late);
-        what was printed, in mode "serve" by the judge; and what the program reported."""
+        """Run a program by its source, [setup, code]. mode "main": given is its input; "call": the
+        function and arguments follow in the source; "assert": given is the judge's source, which
+        runs beside it. Returns the exit codes (None: too late), of the judge last; what was
+        printed; and the result: an error's name, a call's value or the judge's verdict. With a
+        judge, the program's own result is in the place of what was printed."""
         request = {"mode": mode, "timeout": timeout, "memory": memory}
         files = [memory_file(json.dumps(source).encode()), memory_file(given),
                  memory_file(), memory_file()]
@@ -1552,16 +1563,10 @@ class Sandbox:
 
 
 def memory_file(content=b""):
-    """A file without a name."""
+    """A file without a name, to be read from its start."""
     file = os.memfd_create("sky-t1")
-    put(file, content)
-    os.lseek(file, 0, os.SEEK_SET)
+    os.pwrite(file, content, 0)
     return file
-
-
-def put(file, content):
-    with open(file, "wb", closefd=False) as out:
-        out.write(content)
 
 
 def set_limit(kind, soft, hard=None):
@@ -1612,9 +1617,7 @@ def the_sandbox(allow_unsafe=False):
 
 def containment_verdict(allow_unsafe):
     """What confines programs here, as the reason of a verdict."""
-    layers = the_sandbox(allow_unsafe).layers
-    return Verdict(True, "programs are confined by limits" + ", a user of their own" * layers["uid"]
-                   + ", a system-call filter" * layers["filter"])
+    return Verdict(True, the_sandbox(allow_unsafe).containment)
 
 
 def program_verdict(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=False):
@@ -1637,90 +1640,86 @@ def run_test(sandbox, code, test, timeout, memory):
     """`correct`, or in what way a program fails one test."""
     if not can_fail(test):
         return "no test: it asserts nothing"
-    setup = test.get("setup") or ""
+    setup = test.get("setup", "")
+    mode, source, given = "main", [setup, code], b""
     if "assert" in test:
-        mode, given = "serve", json.dumps([setup, test["assert"]]).encode()
+        mode, given = "assert", json.dumps([setup, test["assert"]]).encode()
     elif "fn_name" in test:
-        mode, given = "call", json.dumps([test["fn_name"], test["args"]]).encode()
+        mode, source = "call", [setup, code, test["fn_name"], test["args"]]
     else:
-        mode, given = "main", test["input"].encode("utf-8", "surrogatepass")
-    codes, output, result = sandbox.run(mode, [setup, code], given, timeout, memory)
+        given = test["input"].encode("utf-8", "surrogatepass")
+    codes, output, result = sandbox.run(mode, source, given, timeout, memory)
     if None in codes:
         return "timeout"
-    if mode == "serve" and output != b"gone":
-        told = codes[1] == 0 and not output.startswith(b"error ")
-        return output.decode() if told else failure(codes[1], output)
-    if codes[0] != 0 or mode == "serve" or result.startswith(b"error "):
-        return failure(codes[0], result)
+    if mode == "assert" and result == b"gone":  # the program has ended before the judge
+        return failure(codes[0], output)
+    if codes[-1] != 0:
+        return failure(codes[-1], result)
+    if mode == "assert":
+        return result.decode()
     if mode == "main":
-        expected = test["output"].encode("utf-8", "surrogatepass")
-        same = same_output(expected, output)
+        same = same_output(test["output"].encode("utf-8", "surrogatepass"), output)
     else:
         try:
-            got = json.loads(result) if len(result) < MAX_RESULT else None
+            same = same_result(json.loads(json.dumps(test["expected"])),
+                               json.loads(result[:MAX_RESULT]))
         except (ValueError, RecursionError):
             return "runtime error: no result"
-        same = same_result(json.loads(json.dumps(test["expected"])), got)
     return "correct" if same else "wrong answer"
 
 
 def failure(code, result):
     """A short reason. What the program says of itself only names a failure, never makes a pass."""
-    name = result[6:66].decode("ascii", "replace")
+    name = result[:60].decode("ascii", "replace")
     if name in ("memory", "syntax error"):
         return name
-    if re.fullmatch(r"[\w ]+", name):
-        return f"runtime error: {name}"
-    return f"runtime error: {f'exit {code}' if code >= 0 else f'signal {-code}'}"
+    if not re.fullmatch(r"[\w ]+", name):
+        name = f"exit {code}" if code >= 0 else f"signal {-code}"
+    return f"runtime error: {name}"
 
 
 def code_verdict(response, tests, *limits, **options):
     """The verdict on the program of a response."""
     code = find_program(response)
     if code is None:
-        return Verdict(False, "no answer", None)
+        return Verdict(False, "no answer")
     return program_verdict(code, tests, *limits, **options)
 
 
 # ---------------------------------------------------------------------------------------------
-# Programs: the sandbox, from the inside. From here on, nothing runs in a worker's process.
+# Programs: the zygote. From here to the samples, nothing runs in a worker's process.
 
 
 def zygote(descriptor):
     """The process that a Sandbox talks to. It imports what programs may want, for they can open no
-    file, then forks on request. It never reads what it hands on."""
+    file, then forks on request. It never reads what it hands on. It ends with the process that
+    started it, however that comes about, and its children with it."""
     channel = socket.socket(fileno=descriptor)
-    set_limit(resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS)[1])  # not the worker's
+    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     sys.set_int_max_str_digits(0)
     threading.stack_size(16 << 20)  # a thread's default is the raised limit of the stack
     for name in PRELOADED:
         try_import(name)
     sys.meta_path.insert(0, Shelf())
     sys.stdout.flush()  # what a module has printed
-    names_of(*USUAL_MODULES), names_of(*CONTEST_MODULES)
     gc.collect()
     gc.freeze()
     uid = private_user()
     machine = os.uname().machine
     filtered = machine in MACHINES and libc.prctl(21, 0, 0, 0, 0) >= 0  # PR_GET_SECCOMP
-    own = {"parent": os.getpid(), "uid": uid, "tasks": 64 + (0 if uid else tasks_of(os.getuid())),
+    own = {"parent": os.getpid(), "uid": uid, "tasks": 64 + tasks_of(uid or os.getuid()),
            "filter": system_call_filter(machine) if filtered else b""}
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    channel.send(json.dumps({"uid": bool(uid), "filter": filtered}).encode())
+    channel.send(b"programs are confined by limits" + b", a user of their own" * bool(uid)
+                 + b", a system-call filter" * filtered)
     while True:
         message, files, _, _ = socket.recv_fds(channel, 10000, 4)
         if not message:
             return
-        codes = serve(json.loads(message) | own, files, channel)
+        codes = serve(json.loads(message) | own, files)
         for file in files:
             os.close(file)
         channel.send(json.dumps(codes).encode())
-
-
-def private_user():
-    """Root becomes a user that no one else is, so that its limits count this sandbox's tasks alone;
-    0 where that is not possible."""
-    return 0 if os.getuid() else 200_000_000 + os.getpid() % 100_000_000
 
 
 class Shelf(importlib.abc.Loader):
@@ -1728,9 +1727,10 @@ class Shelf(importlib.abc.Loader):
     needs no file, which a program could not open; only what is written in C is imported at once."""
 
     def __init__(self):
-        self.places, self.code = {}, bytearray()
+        self.places, self.code = {}, bytearray()  # a module's start in the code, whether a package
         self.take([path for path in sys.path if not path.endswith("-packages")])
         file = memory_file(self.code)
+        # private and not to be written: no program changes what the next one imports
         self.code = mmap.mmap(file, len(self.code), mmap.MAP_PRIVATE, mmap.PROT_READ)
         os.close(file)
         # weakly held by zoneinfo itself
@@ -1763,70 +1763,53 @@ def try_import(name):
         pass
 
 
-@functools.cache
-def names_of(*modules):
-    """What is known without an import: all names of these modules, and the modules themselves."""
-    names = {}
-    exec("\n".join([f"from {name} import *" for name in modules]
-                   + [f"import {name}" for name in CONTEST_MODULES]), names)
-    return names
-
-
-def serve(request, files, channel):
+def serve(request, files):
     """Fork what a request asks for and wait for it; the exit codes as `wait_for` gives them."""
     source, given, output, result = files
-    if request["mode"] != "serve":
-        return wait_for([start(request, run_program_here, given, output, result, source)],
-                        request["timeout"], channel)
-    null = os.open(os.devnull, os.O_RDWR)
-    pipes = [*os.pipe(), *os.pipe()]
-    calls, call, answers, answer = pipes
-    # the judge waits while the program works: its own CPU time is the tests' alone
-    pids = [start(request, run_program_here, null, null, result, source, calls, answer),
-            start(request, run_judge, null, null, output, given, answers, call)]
-    for file in (*pipes, null):
-        os.close(file)
-    return wait_for(pids, request["timeout"], channel)
+    null = 0  # as a Sandbox has started this process
+    if request["mode"] != "assert":
+        pids = [start(request, run_solution, given, output, null, result, source)]
+    else:
+        calls, call, answers, answer = pipes = [*os.pipe(), *os.pipe()]
+        # the judge waits while the program works: its own CPU time is the tests' alone
+        pids = [start(request, run_solution, null, null, null, output, source, calls, answer),
+                start(request, run_judge, null, null, null, result, given, answers, call)]
+        for file in pipes:
+            os.close(file)
+    return wait_for(pids, request["timeout"])
 
 
 def start(request, work, *files):
-    """A confined process in which files are the descriptors 0, 1, 3, 4, ...; it runs work."""
+    """A confined process in which files are the descriptors 0, 1, 2, ... and no others are open;
+    it runs work, which never returns."""
     pid = os.fork()
     if pid:
         return pid
     try:
         # aside first, lest one be overwritten before it is copied
         aside = [fcntl.fcntl(file, fcntl.F_DUPFD, 50) for file in files]
-        for target, file in zip([0, 1, *range(3, len(files) + 1)], aside, strict=True):
-            os.dup2(file, target)
-        os.dup2(os.open(os.devnull, os.O_RDWR), 2)
-        os.closerange(len(files) + 1, 4096)
+        for number, file in enumerate(aside):
+            os.dup2(file, number)
+        os.closerange(len(files), 4096)
         confine(request)
         work(request["mode"])
     finally:
         os._exit(70)
 
 
-def wait_for(pids, timeout, channel):
+def wait_for(pids, timeout):
     """The exit codes of processes (a signal is a negative one), None for one that took too long:
     the kernel ends what has used up its CPU time, this function what sleeps. When the last of them
-    ends, which is the judge if there is one, or one is late, the others are killed. All end with
-    this process, and this one with whoever is at the other end of the channel."""
+    ends, which is the judge if there is one, or one is late, the others are killed."""
     deadline, late, codes = time.monotonic() + 3 * timeout + 5, False, {}
     alive = {os.pidfd_open(pid): pid for pid in pids}
-    poll = select.poll()
-    for handle in alive:
-        poll.register(handle, select.POLLIN)
-    poll.register(channel, 0)  # tells that it is closed, not what it holds
     while alive:
         late = late or time.monotonic() > deadline
         if late or pids[-1] in codes:
             for pid in alive.values():
                 os.kill(pid, signal.SIGKILL)
-        for handle, _ in poll.poll(max(1, 1000 * (deadline - time.monotonic()))):
-            if handle == channel.fileno():
-                os._exit(1)
-            poll.unregister(handle)
+        ended, _, _ = select.select(alive, [], [], max(0.001, deadline - time.monotonic()))
+        for handle in ended:
             os.close(handle)
             pid = alive.pop(handle)
             _, status, usage = os.wait4(pid, 0)
@@ -1834,6 +1817,10 @@ def wait_for(pids, timeout, channel):
             late = late or code == -signal.SIGXCPU or usage.ru_utime + usage.ru_stime > timeout
             codes[pid] = None if late else code
     return [codes[pid] for pid in pids]
+
+
+# ---------------------------------------------------------------------------------------------
+# Programs: what a process does to itself, before it sees a program
 
 
 def confine(request):
@@ -1861,12 +1848,113 @@ def limit_resources(request):
         set_limit(kind, most, most)
 
 
-def run_program_here(mode):
-    """The program's process. It may compute, read descriptor 0 and write to 1 and 3, the result; 4
-    is its source, 5 and 6 are calls and answers where a judge asks for them."""
+def private_user():
+    """Root becomes a user that no one else is, so that its limits count this sandbox's tasks alone;
+    0 where that is not possible."""
+    return 0 if os.getuid() else 200_000_000 + os.getpid() % 100_000_000
+
+
+def tasks_of(uid):
+    """Threads of a user, who may run other things: the limit on them counts all."""
+    total = 0
+    for task in glob.iglob("/proc/[0-9]*/task/*"):
+        try:
+            total += os.stat(task).st_uid == uid
+        except OSError:  # it has ended meanwhile
+            pass
+    return total
+
+
+# System calls that a program may make: numbers on x86_64 and on aarch64 (-1: has none), and where
+# a rule follows, what it says.
+# linux/arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h
+SYSTEM_CALLS = """
+read 0 63, write 1 64, close 3 57, stat 4 -1, fstat 5 80, lstat 6 -1, poll 7 -1, lseek 8 62,
+mmap 9 222, mprotect 10 226, munmap 11 215, brk 12 214, rt_sigaction 13 134, rt_sigprocmask 14 135,
+rt_sigreturn 15 139, pread64 17 67, readv 19 65, writev 20 66, access 21 -1, pipe 22 -1,
+select 23 -1, sched_yield 24 124, mremap 25 216, madvise 28 233, dup 32 23, dup2 33 -1,
+pause 34 -1, nanosleep 35 101, getitimer 36 102, alarm 37 -1, setitimer 38 103, getpid 39 172,
+exit 60 93, uname 63 160, fsync 74 82, getcwd 79 17, readlink 89 -1, umask 95 166,
+gettimeofday 96 169, getrlimit 97 163, getrusage 98 165, sysinfo 99 179, times 100 153,
+getuid 102 174, getgid 104 176, geteuid 107 175, getegid 108 177, getppid 110 173, getpgrp 111 -1,
+rt_sigpending 127 136, rt_sigtimedwait 128 137, rt_sigsuspend 130 133, sigaltstack 131 132,
+arch_prctl 158 -1, gettid 186 178, time 201 -1, futex 202 98, sched_getaffinity 204 123,
+epoll_create 213 -1, getdents64 217 61, set_tid_address 218 96, restart_syscall 219 128,
+fadvise64 221 223, clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115,
+exit_group 231 94, epoll_wait 232 -1, epoll_ctl 233 21, newfstatat 262 79, readlinkat 267 78,
+faccessat 269 48, pselect6 270 72, ppoll 271 73, set_robust_list 273 99, get_robust_list 274 100,
+epoll_pwait 281 22, eventfd2 290 19, epoll_create1 291 20, dup3 292 24, pipe2 293 59,
+getrandom 318 278, membarrier 324 283, statx 332 291, rseq 334 293, close_range 436 436,
+faccessat2 439 439, open 2 -1 no_file, openat 257 56 no_file, clone3 435 435 no_call,
+openat2 437 437 no_call, clone 56 220 clone, kill 62 129 kill, tgkill 234 131 kill,
+prlimit64 302 261 prlimit64, fcntl 72 25 fcntl
+"""
+LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+OWN_PID = 0x7E57AB1E  # stands for the process's own number, no other is as large
+MACHINES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column, architecture
+
+
+def system_call_filter(machine):
+    """The program (linux/filter.h) of an allow-list: threads but no processes, signals and limits
+    of its own alone, no file as if there were none, and EPERM for all else."""
+    column, architecture = MACHINES[machine]
+    allow, kill = instruction(RETURN, 0x7FFF0000), instruction(RETURN, 0x80000000)
+    refuse, no_file, no_call = (instruction(RETURN, 0x50000 | number)
+                                for number in (errno.EPERM, errno.ENOENT, errno.ENOSYS))
+    first, second = instruction(LOAD, 16), instruction(LOAD, 24)  # arguments, their lower 32 bits
+    own = when(EQUAL, OWN_PID, allow)
+    rules = {
+        "": allow, "no_file": no_file, "no_call": no_call, "kill": first + own + refuse,
+        "clone": first + when(ANY_BIT, 0x10000, allow) + refuse,  # CLONE_THREAD
+        "prlimit64": first + when(EQUAL, 0, allow) + own + refuse,
+        "fcntl": second + b"".join(when(EQUAL, command, refuse) for command in (
+            fcntl.F_SETOWN, 10, 15)) + allow}  # F_SETSIG, F_SETOWN_EX
+    program = instruction(LOAD, 4) + instruction(EQUAL, architecture, 1) + kill
+    program += instruction(LOAD, 0) + when(AT_LEAST, 0x40000000, refuse)  # calls of x32
+    for entry in SYSTEM_CALLS.split(","):
+        fields = [*entry.split(), ""]
+        if fields[column] != "-1":
+            program += when(EQUAL, int(fields[column]), rules[fields[3]])
+    return program + refuse
+
+
+def when(code, number, then):
+    """Instructions that are run if a comparison holds; else it skips them."""
+    return instruction(code, number, 0, len(then) // 8) + then
+
+
+def instruction(code, number, skip_if_true=0, skip_if_false=0):
+    return struct.pack("HBBI", code, skip_if_true, skip_if_false, number)
+
+
+def install_filter(program):
+    buffer = ctypes.create_string_buffer(program, len(program))
+    header = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
+    if libc.prctl(22, 2, header, 0, 0) != 0:  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+        os._exit(72)  # never run a program unconfined
+
+
+# ---------------------------------------------------------------------------------------------
+# Programs: the process of a program
+
+
+def names_of(modules):
+    """All names of these modules, and the modules that contests know."""
+    names = {}
+    exec("\n".join(f"from {name} import *" for name in modules), names)
+    exec(f"import {', '.join(CONTEST_MODULES)}", names)
+    return names
+
+
+USUAL_NAMES, CONTEST_NAMES = names_of(USUAL_MODULES), names_of(CONTEST_MODULES)
+
+
+def run_solution(mode):
+    """The program's process, in one of the modes of `Sandbox.run`. It may compute, read descriptor
+    0 and write to 1 and 3, the result; 4 is its source, 5 and 6 are calls and answers where a judge
+    asks for them."""
     with open(4, "rb") as source:
-        setup, code = json.load(source)
-    call = json.load(open(0, "rb", closefd=False)) if mode == "call" else None
+        setup, code, *call = json.load(source)
     builtins.open = io.open = open_by_number
     sys.stdin.reconfigure(errors="surrogateescape")
     module = type(sys)("__main__" if mode == "main" else "solution")
@@ -1874,24 +1962,24 @@ def run_program_here(mode):
     sys.argv[:] = ["program.py"]
     if mode != "main":
         sys.setrecursionlimit(50_000)
-        module.__builtins__ = names_of(*CONTEST_MODULES) | vars(builtins)
+        module.__builtins__ = CONTEST_NAMES | vars(builtins)
     status = 0
     try:
         setup, code = compile(setup, "setup.py", "exec"), compile(code, "program.py", "exec")
         exec(setup, module.__dict__)
         exec(code, module.__dict__)
         if mode == "call":
+            name, arguments = call
             holder = module.__dict__.get("Solution")
-            function = getattr(holder(), call[0]) if hasattr(holder, call[0]) else (
-                module.__dict__[call[0]])
-            put(3, json.dumps(function(*call[1]), default=as_json).encode())
-        elif mode == "serve":
+            function = getattr(holder(), name) if hasattr(holder, name) else module.__dict__[name]
+            os.write(3, json.dumps(function(*arguments), default=as_json).encode())
+        elif mode == "assert":
             answer_calls(module.__dict__)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else error.code is not None
     except BaseException as error:
         status = 1
-        put(3, error_line(error))
+        os.write(3, error_name(error))
     # as at an interpreter's end; files that the program left open are closed with their names
     for finish in (threading._shutdown, atexit._run_exitfuncs, lambda: sys.stdout.flush(),
                    sys.__stdout__.flush, module.__dict__.clear, gc.collect):
@@ -1926,12 +2014,20 @@ class NotPlain(Exception):
     """A value is no plain data, and so stays in its process."""
 
 
-def error_line(error):
-    """What a process reports of an exception."""
-    name = str(error) if isinstance(error, NotPlain) else type(error).__name__
-    for kind, said in ((MemoryError, "memory"), (SyntaxError, "syntax error")):
-        name = said if isinstance(error, kind) else name
-    return b"error " + name.encode("utf-8", "replace")[:99]
+def error_name(error):
+    """What a process says of an exception."""
+    name = type(error).__name__
+    if isinstance(error, MemoryError):
+        name = "memory"
+    elif isinstance(error, SyntaxError):
+        name = "syntax error"
+    elif isinstance(error, NotPlain):
+        name = str(error)
+    return name.encode("utf-8", "replace")
+
+
+# ---------------------------------------------------------------------------------------------
+# Programs: the judge, who runs a test's asserts and has the program answer its calls
 
 
 class Channel:
@@ -1975,17 +2071,16 @@ def answer_calls(namespace):
             value = namespace[name](*arguments, **decode(keywords))
             channel.send("value", encode(value), encode(arguments))
         except BaseException as error:
-            kinds = [kind.__name__ for kind in type(error).__mro__
-                     if getattr(builtins, kind.__name__, NotPlain) is kind]
+            kinds = [kind.__name__ for kind in type(error).__mro__ if kind in ERRORS.values()]
             channel.send("error", kinds, str(error)[:999])
 
 
 def run_judge(mode):
     """The judge's process: descriptors 3 verdict, 4 setup and test, 5 answers, 6 calls. It runs
-    the test, in which the program's functions are calls of the other process."""
+    the test, in which the program's functions are calls of the other process. The verdict `gone`,
+    that the program has ended, leaves it to the program's own result to say why."""
     with open(4, "rb") as source:
         setup, test = json.load(source)
-    sys.stdout = sys.stderr = open(1, "w", closefd=False)
     channel, calls = Channel(5, 6), []
 
     def stand_in(name):
@@ -1994,14 +2089,15 @@ def run_judge(mode):
             channel.send(name, encode(list(arguments)), encode(keywords))
             kind, value, after = channel.receive()
             if kind == "error":
-                raise as_exception(value, after)
+                raise next((ERRORS[name] for name in value if name in ERRORS), RuntimeError)(after)
             for ours, theirs in zip(arguments, decode(after), strict=True):
                 if type(ours) is type(theirs) and type(ours) in (list, set, dict):
-                    ours.clear()  # changed in place
-                    (ours.extend if type(ours) is list else ours.update)(theirs)
+                    ours.clear()
+                    ours.__init__(theirs)  # changed in place
             return decode(value)
         return call
-    namespace = {"__name__": "judge", "__builtins__": names_of(*USUAL_MODULES) | vars(builtins)}
+    namespace = {"__name__": "judge", "__builtins__": USUAL_NAMES | vars(builtins)}
+    status = 0
     try:
         functions = channel.receive()
         exec(compile(setup, "setup.py", "exec"), namespace)
@@ -2014,9 +2110,9 @@ def run_judge(mode):
     except Gone:
         verdict = b"gone"
     except BaseException as error:
-        verdict = error_line(error)
-    put(3, verdict)
-    os._exit(0)
+        status, verdict = 1, error_name(error)
+    os.write(3, verdict)
+    os._exit(status)
 
 
 def tested_names(functions, test, namespace):
@@ -2030,20 +2126,18 @@ def tested_names(functions, test, namespace):
     return named - known | {name for name in known if re.search(rf"\bcheck\({name}\)", test)}
 
 
-def as_exception(kinds, text):
-    """A program's exception as one of the judge's: none that would end a loop or the process."""
-    for name in kinds:
-        kind = getattr(builtins, name, NotPlain if name == "NotPlain" else None)
-        if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(
-                kind, (StopIteration, StopAsyncIteration)):
-            return kind(text)
-    return RuntimeError(text)
+# A program's exceptions that become the judge's: none that would end a loop or the process, nor
+# those that a text alone does not make.
+ERRORS = {"NotPlain": NotPlain} | {
+    name: kind for name, kind in vars(builtins).items()
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(
+        kind, (StopIteration, StopAsyncIteration, UnicodeError, ExceptionGroup))}
 
 
 def encode(value):
     """A value as JSON: of plain data and of the standard library's types in PARTS. An iterator is
     the list of what it yields. NotPlain for all else."""
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, (int, float, str)):
         return value
     for kind in type(value).__mro__:
         if kind is tuple and hasattr(value, "_fields"):
@@ -2078,99 +2172,8 @@ KINDS = {kind.__name__: kind for kind in PARTS} | {
     "namedtuple": lambda name, fields, *items: collections.namedtuple(name, fields)(*items)}
 
 
-def tasks_of(uid):
-    """Threads of a user, who may run other things: the limit on them counts all."""
-    total = 0
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if os.stat(f"/proc/{pid}").st_uid == uid:
-                total += len(os.listdir(f"/proc/{pid}/task"))
-        except OSError:
-            continue
-    return total
-
-
-# System calls that a program may make: numbers on x86_64 and on aarch64 (-1: has none), and where
-# a label of the filter follows, what it says.
-# linux/arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h
-SYSTEM_CALLS = """
-read 0 63, write 1 64, close 3 57, stat 4 -1, fstat 5 80, lstat 6 -1, poll 7 -1, lseek 8 62,
-mmap 9 222, mprotect 10 226, munmap 11 215, brk 12 214, rt_sigaction 13 134, rt_sigprocmask 14 135,
-rt_sigreturn 15 139, pread64 17 67, readv 19 65, writev 20 66, access 21 -1, pipe 22 -1,
-select 23 -1, sched_yield 24 124, mremap 25 216, madvise 28 233, dup 32 23, dup2 33 -1,
-pause 34 -1, nanosleep 35 101, getitimer 36 102, alarm 37 -1, setitimer 38 103, getpid 39 172,
-exit 60 93, uname 63 160, fsync 74 82, getcwd 79 17, readlink 89 -1, umask 95 166,
-gettimeofday 96 169, getrlimit 97 163, getrusage 98 165, sysinfo 99 179, times 100 153,
-getuid 102 174, getgid 104 176, geteuid 107 175, getegid 108 177, getppid 110 173, getpgrp 111 -1,
-rt_sigpending 127 136, rt_sigtimedwait 128 137, rt_sigsuspend 130 133, sigaltstack 131 132,
-arch_prctl 158 -1, gettid 186 178, time 201 -1, futex 202 98, sched_getaffinity 204 123,
-epoll_create 213 -1, getdents64 217 61, set_tid_address 218 96, restart_syscall 219 128,
-fadvise64 221 223, clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115,
-exit_group 231 94, epoll_wait 232 -1, epoll_ctl 233 21, newfstatat 262 79, readlinkat 267 78,
-faccessat 269 48, pselect6 270 72, ppoll 271 73, set_robust_list 273 99, get_robust_list 274 100,
-epoll_pwait 281 22, eventfd2 290 19, epoll_create1 291 20, dup3 292 24, pipe2 293 59,
-getrandom 318 278, membarrier 324 283, statx 332 291, rseq 334 293, close_range 436 436,
-faccessat2 439 439, open 2 -1 no_file, openat 257 56 no_file, clone3 435 435 no_call,
-openat2 437 437 no_call, clone 56 220 clone, kill 62 129 kill, tgkill 234 131 kill,
-prlimit64 302 261 prlimit64, fcntl 72 25 fcntl
-"""
-OWN_PID = 0x7E57AB1E  # stands for the process's own number, no other is as large
-MACHINES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column, architecture
-
-
-def system_call_filter(machine):
-    """The program (linux/filter.h) of an allow-list: threads but no processes, signals and limits
-    of its own alone, no file as if there were none, and EPERM for all else. A line is a label, or
-    an instruction: code, number, where to go if the comparison holds and where if it does not."""
-    column, architecture = MACHINES[machine]
-    LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-    first, second = (LOAD, 16), (LOAD, 24)  # arguments, their lower 32 bits
-    lines = [(LOAD, 4), (EQUAL, architecture, None, "end"), (LOAD, 0),
-             (AT_LEAST, 0x40000000, "refuse")]  # calls of x32
-    for entry in SYSTEM_CALLS.split(","):
-        fields = [*entry.split(), "allow"]
-        if fields[column] != "-1":
-            lines.append((EQUAL, int(fields[column]), fields[3]))
-    lines += [
-        (RETURN, 0x50000 | errno.EPERM),
-        "clone", first, (ANY_BIT, 0x10000, "allow", "refuse"),  # CLONE_THREAD
-        "prlimit64", first, (EQUAL, 0, "allow"), (EQUAL, OWN_PID, "allow", "refuse"),
-        "kill", first, (EQUAL, OWN_PID, "allow", "refuse"),
-        "fcntl", second, (EQUAL, fcntl.F_SETOWN, "refuse"), (EQUAL, 10, "refuse"),  # F_SETSIG
-        (EQUAL, 15, "refuse", "allow"),  # F_SETOWN_EX
-        "allow", (RETURN, 0x7FFF0000), "refuse", (RETURN, 0x50000 | errno.EPERM),
-        "no_file", (RETURN, 0x50000 | errno.ENOENT), "no_call", (RETURN, 0x50000 | errno.ENOSYS),
-        "end", (RETURN, 0x80000000)]
-    return assembled(lines)
-
-
-def assembled(lines):
-    """Lines as the kernel reads them: a jump is the number of instructions that it skips."""
-    places, program = {}, b""
-    for line in reversed(lines):  # a jump goes forward
-        if isinstance(line, str):
-            places[line] = len(program) // 8
-        else:
-            code, number, *labels = line
-            skipped = [len(program) // 8 - places[label] if label else 0
-                       for label in [*labels, None, None][:2]]
-            program = struct.pack("HBBI", code, *skipped, number) + program
-    return program
-
-
-def install_filter(program):
-    buffer = ctypes.create_string_buffer(program, len(program))
-    header = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
-    if libc.prctl(22, 2, header, 0, 0) != 0:  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-        os._exit(72)  # never run a program unconfined
-
-
 # ---------------------------------------------------------------------------------------------
 # Samples: one verdict each
-
-
-TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
-        "<|end_of_solution|>")  # plain text to Qwen's tokenizer
 
 
 def sample_verdict(sample, **options):
@@ -2178,21 +2181,22 @@ def sample_verdict(sample, **options):
     is missing or wrong; options go to program_verdict."""
     if not isinstance(sample, dict):
         raise BadInput("the row is no object")
-    kind, response = sample.get("kind"), sample.get("response")
-    needed = {"math": str, "choice": str, "code": list}.get(kind)
-    if needed is None:
+    kind = sample.get("kind")
+    if kind not in ("math", "choice", "code"):
         raise BadInput(f"field kind is {kind!r}: math, choice or code")
-    for name, wanted in (("response", str), ("tests" if kind == "code" else "answer", needed),
-                         ("original", str)):
-        if (name in sample or name != "original") and not isinstance(sample.get(name), wanted):
+    gold = "tests" if kind == "code" else "answer"
+    for name in ["response", gold] + ["original"] * ("original" in sample):
+        wanted = list if name == "tests" else str
+        if not isinstance(sample.get(name), wanted):
             raise BadInput(f"field {name} is missing or no {'text' if wanted is str else 'list'}")
     if sample.get("finish_reason") == "length":
         return Verdict(False, "truncated")
     if "original" in sample and not keeps_structure(sample):
         return Verdict(False, "structure")
     if kind == "code":
-        return code_verdict(response, sample["tests"], **options)
-    return (math_verdict if kind == "math" else choice_verdict)(response, sample["answer"])
+        return code_verdict(sample["response"], sample["tests"], **options)
+    verdict = math_verdict if kind == "math" else choice_verdict
+    return verdict(sample["response"], sample["answer"])
 
 
 def keeps_structure(sample):
@@ -2211,10 +2215,6 @@ def keeps_structure(sample):
     if ours is None or theirs is None:
         return False
     return equal(ours, theirs) if kind == "math" else ours.split() == theirs.split()
-
-
-class BadInput(ValueError):
-    """One line for the user: exit status 2."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2239,7 +2239,7 @@ class Worker:
             IDLE.append(self)
         except (EOFError, OSError):
             late = self.process.wait() == -signal.SIGALRM
-            outcome = False, "timeout" if late else f"{GRADER_ERROR}: its process ended", None
+            outcome = False, "timeout" if late else f"{GRADER_ERROR}: its process ended"
         return Verdict(*outcome) if isinstance(outcome, tuple) else outcome
 
 
@@ -2250,21 +2250,21 @@ os.register_at_fork(after_in_child=IDLE.clear)  # they are the parent's
 def judged(calls, workers):
     """The outcome of each call, in their order. A call is the name of a function of this file,
     arguments and options; so many are under way at once, and a bounded number waits its turn."""
-    calls, waiting, busy = iter(calls), collections.deque(), {}
+    calls, places, busy = iter(calls), collections.deque(), {}
     try:
         while True:
-            while len(busy) < workers and len(waiting) < 16 * workers and (
+            while len(busy) < workers and len(places) < 16 * workers and (
                     call := next(calls, None)):
                 worker = begin(call)
-                waiting.append([])
-                busy[worker.connection] = worker, waiting[-1]
-            if not waiting:
+                places.append([])  # for its outcome
+                busy[worker.connection] = worker, places[-1]
+            if not places:
                 return
             for connection in multiprocessing.connection.wait(busy):
                 worker, place = busy.pop(connection)
                 place.append(worker.outcome())
-            while waiting and waiting[0]:
-                yield waiting.popleft()[0]
+            while places and places[0]:
+                yield places.popleft()[0]
     finally:
         for worker, _ in busy.values():
             worker.process.kill()
@@ -2291,6 +2291,7 @@ def work(descriptor):
     set_limit(resource.RLIMIT_AS, WORKER_MEMORY)
     sys.setrecursionlimit(5000)
     sys.set_int_max_str_digits(1_000_000)  # to read more takes a second
+    warnings.simplefilter("ignore")  # what the parser says of a model's program
     while True:
         try:
             name, arguments, options = connection.recv()
@@ -2304,7 +2305,7 @@ def work(descriptor):
         except Exception as error:
             SANDBOX = None  # it may wait for something
             text = f"{GRADER_ERROR}: {type(error).__name__}: {error}"
-            outcome = False, " ".join(text[:200].split()), None
+            outcome = False, " ".join(text[:200].split())
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send(outcome)
 
@@ -2358,9 +2359,9 @@ def run_program(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=F
     return ask("program_verdict", code, tests, timeout, memory, allow_unsafe)
 
 
-def verify_code(response, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=False):
+def verify_code(response, tests, *limits, **options):
     """The verdict on the program in a response (see `find_program`), as run_program gives it."""
-    return ask("code_verdict", response, tests, timeout, memory, allow_unsafe)
+    return ask("code_verdict", response, tests, *limits, **options)
 
 
 def verify_sample(sample, **options):
@@ -2375,53 +2376,52 @@ def verify_sample(sample, **options):
 
 def problem_key(row):
     """A problem's id, or where it has none its prompt, in eight bytes."""
-    name = json.dumps([row.get("source"), row["id"] if "id" in row else row.get("prompt")])
-    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    name = json.dumps([row.get("source"), row.get("id", row.get("prompt"))])
+    return hashlib.blake2b(name.encode(), digest_size=8).digest()
 
 
 class Summary:
     """Counts by model, source and problem, but no text: memory grows with the problems alone."""
 
     def __init__(self):
-        # by model and source: by problem [samples, passed, votes]; tokens and rows; reasons
+        # by (model, whether of all sources, source): problems, tokens and reasons as in `score`
         self.groups = {}
         self.grader_errors = []
 
     def add(self, row):
         """Counts a verified row. The votes for one answer are equal: all correct ones, and wrong
         ones of one spelling; no answer is "", and a program has no vote."""
-        source, reason = str(row.get("source", "")), re.sub(r" on test \d+$", "", row["reason"])
+        model, source = str(row.get("model") or ""), str(row.get("source", ""))
+        reason = re.sub(r" on test \d+$", "", row["reason"])
         if reason.startswith(GRADER_ERROR):
             self.grader_errors.append(f"{source} {row.get('id')}: {reason}")
             reason = GRADER_ERROR
         vote = "correct" if row["passed"] else (
             "" if row["extracted"] is None else "wrong: " + squash(row["extracted"]))
-        for group in (source, None):  # None: all
-            problems, total, reasons = self.groups.setdefault(str(row.get("model") or ""), {}) \
-                .setdefault(group, ({}, [0, 0], collections.Counter()))
+        for group in ((model, False, source), (model, True, "all")):
+            problems, tokens, reasons = self.groups.setdefault(
+                group, ({}, [0, 0], collections.Counter()))
+            problem = problems.setdefault(problem_key(row), [0, 0, collections.Counter()])
+            problem[0] += 1
+            problem[1] += row["passed"]
+            problem[2][vote] += row["kind"] != "code"
+            if isinstance(count := row.get("num_tokens"), int):
+                tokens[0] += count
+                tokens[1] += 1
             reasons[reason] += 1
-            counts = problems.setdefault(problem_key(row), [0, 0, collections.Counter()])
-            counts[0] += 1
-            counts[1] += row["passed"]
-            counts[2][vote] += row["kind"] != "code"
-            if isinstance(tokens := row.get("num_tokens"), int):
-                total[0] += tokens
-                total[1] += 1
 
     def rows(self):
         """One dict for each source of each model, and one for all of a model's several."""
-        rows = []
-        for model, groups in sorted(self.groups.items()):
-            sources = sorted(groups.keys() - {None})
-            for source in sources + [None] * (len(sources) > 1):
-                name = "all" if source is None else source
-                rows.append({"model": model} | score(name, *groups[source]))
-        return rows
+        sizes = collections.Counter(model for model, _, _ in self.groups)
+        return [{"model": model} | score(source, *self.groups[model, of_all, source])
+                for model, of_all, source in sorted(self.groups)
+                if not of_all or sizes[model] > 2]
 
 
 def score(source, problems, tokens, reasons):
-    """The figures of some problems, each [samples, passed, votes]. The standard error is that of
-    the mean over problems of their means."""
+    """The figures of some problems (each [samples, passed, votes]), of their samples' tokens (the
+    sum, and of how many samples) and reasons. The standard error is that of the mean over problems
+    of their means."""
     problems = list(problems.values())
     means = [passed / n for n, passed, _ in problems]
     error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
@@ -2444,9 +2444,7 @@ def pass_at_k(n, passed, k):
 
 def majority(votes):
     """1 where the answer given most often is correct; ties share it."""
-    given = {vote: count for vote, count in votes.items() if vote} or votes
-    most = max(given.values())
-    leaders = [vote for vote, count in given.items() if count == most]
+    leaders = statistics.multimode(filter(None, votes.elements())) or [""]
     return ("correct" in leaders) / len(leaders)
 
 
@@ -2488,7 +2486,7 @@ def table(rows):
                       ", ".join(percent(p, f"{k}: ") for k, p in row["pass_at_k"].items()),
                       f"{percent(row['majority']) or '-'} @{row['n']}", tokens or "-",
                       row["model"]])
-        if row["source"] != "all" or len(rows) == 1:
+        if row["source"] != "all":
             reasons.update(row["reasons"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
@@ -2609,14 +2607,14 @@ def resume(out, rows, summary):
             place, given = next(rows, ("any row of the input", {}))
             try:
                 row = json.loads(line)
-                same = all(given.get(name) == row[name] for name in (
-                    "source", "id", "sample", "response") if name in row)
+                same = all(given.get(name) == row.get(name)
+                           for name in ("source", "id", "sample", "response"))
                 summary.add(row)
             except (ValueError, LookupError, TypeError, AttributeError):
                 same = False
             if not same:
-                raise BadInput(f"{out}: row {count + 1} is not the verdict on {place}; name another "
-                               "--out, or delete the file")
+                raise BadInput(f"{out}: row {count + 1} is not the verdict on {place}; name "
+                               "another --out, or delete the file")
             count, end = count + 1, end + len(line)
         file.truncate(end)
     return count
@@ -2636,27 +2634,25 @@ def keep(verified, path, per_problem):
     """Write the passing rows, at most per_problem of each problem, the shortest first: long
     answers to easy questions are not rewarded. Exact duplicates are dropped. The file appears
     when it is complete. Returns the counts (kept, duplicates, beyond per_problem)."""
-    passing, seen, duplicates, start = {}, set(), 0, 0
+    passing, count, start = collections.defaultdict(dict), 0, 0
     with open(verified, "rb") as file, open(f"{path}.part", "wb") as out:
         for line in file:
             row = json.loads(line)
             if row["passed"]:
-                key, text = problem_key(row), row["response"].encode("utf-8", "surrogatepass")
-                digest = hashlib.blake2b(key + text, digest_size=16).digest()
-                duplicates += digest in seen
-                if digest not in seen:
-                    passing.setdefault(key, []).append((len(row["response"]), start))
-                seen.add(digest)
+                count += 1
+                text = row["response"]  # of which the hash, 64 bits, is enough within a problem
+                passing[problem_key(row)].setdefault(hash(text), (len(text), start))
             start += len(line)
         chosen = [start for samples in passing.values()
-                  for _, start in sorted(samples)[:per_problem]]
+                  for _, start in sorted(samples.values())[:per_problem]]
         for start in sorted(chosen):
             file.seek(start)
             out.write(file.readline())
         out.flush()
         os.fsync(out.fileno())
     os.replace(out.name, path)
-    return len(chosen), duplicates, sum(map(len, passing.values())) - len(chosen)
+    different = sum(map(len, passing.values()))
+    return len(chosen), count - different, different - len(chosen)
 
 
 def parse_arguments():
@@ -2680,6 +2676,7 @@ def parse_arguments():
 
 def main():
     """Verify what is not verified yet, write each verdict as it is there, then keep and print."""
+    # 1. what can be refused is refused before anything is read
     args = parse_arguments()
     sys.set_int_max_str_digits(0)
     for name in args.samples:
@@ -2691,17 +2688,21 @@ def main():
     for path in paths:
         if os.path.isdir(path):
             raise BadInput(f"{path} is a folder: name a file")
+
+    # 2. what an earlier run has done; a first row that is refused creates nothing
     summary, rows = Summary(), input_rows(args.samples)
     done = resume(args.out, rows, summary) if os.path.exists(args.out) else 0
     if done:
         print(f"{args.out}: {done} rows are verified already", file=sys.stderr)
     rows = verified_rows(rows, args.workers, {
         "timeout": args.timeout, "memory": args.memory, "allow_unsafe": args.allow_unsafe})
-    head = list(itertools.islice(rows, 1))  # rows that are refused create nothing
+    head = list(itertools.islice(rows, 1))
     if not head and not done:
         raise BadInput(f"{', '.join(args.samples)}: no samples")
     for path in paths:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+
+    # 3. verify
     told = False
     with open(args.out, "a", encoding="utf-8", errors="surrogatepass") as out:
         for row in tqdm(itertools.chain(head, rows), initial=done, unit=" samples", disable=None):
@@ -2711,6 +2712,8 @@ def main():
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
             summary.add(row)
+
+    # 4. keep and print
     kept = keep(args.out, args.keep, args.per_problem) if args.keep else None
     if args.json:
         print(json.dumps({"rows": summary.rows(), "kept": kept[0] if kept else None,

@@ -147,7 +147,7 @@ TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
         "<|end_of_solution|>")  # plain text to Qwen's tokenizer
 TEST_FORMS = ({"input": str, "output": str}, {"assert": str},
               {"fn_name": str, "args": list, "expected": object})
-PYTHON = ("python", "py", "python3")  # labels of a program
+PYTHON = re.compile(r"py(?:thon)?[\d.]*+")  # labels of a program
 FENCE = re.compile(r"(?<![`~])(`{3,}+|~{3,}+)[ \t]*+([\w+#.{}-]*+)([^`~]*+)$")
 DECIMAL = re.compile(
     rb"[+-]?(?:[0-9]++\.[0-9]*+|\.[0-9]++|[0-9]++(?=[eE]))(?:[eE][+-]?[0-9]++)?")
@@ -163,8 +163,9 @@ SANDBOX = None         # of this process
 libc = ctypes.CDLL(None, use_errno=True)
 PRELOADED = """array calendar cmath collections.abc concurrent.futures.thread dataclasses decimal
     enum fractions graphlib hashlib inspect numbers numpy numpy.random numpy.linalg numpy.fft
-    numpy.polynomial numpy.ma pprint queue secrets string textwrap threading time timeit traceback
-    types typing unittest urllib.parse uuid""".split()
+    numpy.polynomial numpy.ma numpy.char numpy.rec numpy.strings numpy.testing numpy.typing
+    numpy.ctypeslib pprint queue secrets string textwrap threading time timeit traceback types
+    typing unittest urllib.parse uuid""".split()
 # What a test under `assert` finds without an import, and what a call test does, as in
 # LiveCodeBench's runner (lcb_runner/evaluation/testing_util.py): all names of these modules.
 USUAL_MODULES = "bisect collections functools heapq itertools math typing".split()
@@ -1416,8 +1417,9 @@ def rank(block):
     """By what blocks are compared, the most important first."""
     label, text = block
     longer = "\n" in text.strip() and not text.lstrip().startswith(">>>")
-    program = label in PYTHON or label == "" and does_something(text)
-    return program and longer, label in PYTHON, program
+    labelled = PYTHON.fullmatch(label) is not None
+    program = labelled or label == "" and does_something(text)
+    return program and longer, labelled, program
 
 
 def fenced_blocks(text):
@@ -1426,10 +1428,10 @@ def fenced_blocks(text):
     blocks, fence = [], None
     for line in text.replace("\r\n", "\n").split("\n"):
         opening = FENCE.search(line)
-        label = opening and opening[2].strip("{}.").lower()
+        label = opening[2].strip("{}.").lower() if opening else ""
         if fence and line.strip().startswith(fence):
             fence = None
-            if label not in PYTHON:
+            if not PYTHON.fullmatch(label):
                 continue
         if fence:
             blocks[-1][1].append(line)
@@ -1464,13 +1466,15 @@ def is_test(test):
 
 
 def can_fail(test):
-    """Whether a test says anything: in one under `assert` an assert must be run. What is not are
-    functions and classes that nothing names, and what is there for a script's start."""
+    """Whether a test says anything: in one under `assert` an assert must be run, its own or the
+    setup's. What is not are functions and classes that nothing names, and what is there for a
+    script's start."""
     if "assert" not in test:
         return True
-    tree = syntax_tree(test["assert"])
-    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    for statement in tree.body:
+    body = syntax_tree(test.get("setup", "")).body + syntax_tree(test["assert"]).body
+    named = {node.id for statement in body for node in ast.walk(statement)
+             if isinstance(node, ast.Name)}
+    for statement in body:
         at_start = isinstance(statement, ast.If) and "__name__" in ast.dump(statement.test)
         if not at_start and getattr(statement, "name", None) in {None, *named}:
             for node in ast.walk(statement):
@@ -1492,8 +1496,8 @@ def same_line(expected, got):
     expected = expected.split()
     got = got.split(None, len(expected) + 1)  # no more words than it takes to see that there are
     return len(expected) == len(got) and all(
-        a == b or DECIMAL.fullmatch(a) and SIGNED.fullmatch(b) and close(float(a), float(b))
-        for a, b in zip(expected, got, strict=True))
+        a == b or DECIMAL.fullmatch(a) and SIGNED.fullmatch(b) and math.isfinite(float(a))
+        and close(float(a), float(b)) for a, b in zip(expected, got, strict=True))
 
 
 def same_result(expected, got):
@@ -1542,6 +1546,8 @@ class Sandbox:
         theirs.close()
         self.containment = self.socket.recv(1000).decode()
         codes, output, _ = self.run("main", ["", PROBE], str(os.getpid()).encode())
+        if codes[0] in (None, -signal.SIGKILL):  # for want of time or memory: it tells nothing
+            raise RuntimeError("the sandbox's own test did not end")
         self.holes = output.decode().split() if codes == [0] else [f"end with {codes}"]
 
     def run(self, mode, source, given, timeout=10, memory=DEFAULT_MEMORY):
@@ -1707,7 +1713,9 @@ def zygote(descriptor):
     uid = private_user()
     machine = os.uname().machine
     filtered = machine in MACHINES and libc.prctl(21, 0, 0, 0, 0) >= 0  # PR_GET_SECCOMP
-    own = {"parent": os.getpid(), "uid": uid, "tasks": 64 + tasks_of(uid or os.getuid()),
+    # an ordinary user's tasks are counted all together: those of other sandboxes too
+    tasks = tasks_of(uid or os.getuid()) + 64 * (1 if uid else min(8, 1 + CORES))
+    own = {"parent": os.getpid(), "uid": uid, "tasks": tasks,
            "filter": system_call_filter(machine) if filtered else b""}
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     channel.send(b"programs are confined by limits" + b", a user of their own" * bool(uid)
@@ -1851,7 +1859,9 @@ def limit_resources(request):
 def private_user():
     """Root becomes a user that no one else is, so that its limits count this sandbox's tasks alone;
     0 where that is not possible."""
-    return 0 if os.getuid() else 200_000_000 + os.getpid() % 100_000_000
+    with open("/proc/self/uid_map") as file:  # a container has fewer
+        users = max(int(first) + int(count) for first, _, count in map(str.split, file))
+    return 0 if os.getuid() or users < 10_000 else users - 2 - os.getpid() % (users // 2)
 
 
 def tasks_of(uid):
@@ -1960,9 +1970,10 @@ def run_solution(mode):
     module = type(sys)("__main__" if mode == "main" else "solution")
     sys.modules["__main__"] = sys.modules[module.__name__] = module
     sys.argv[:] = ["program.py"]
+    module.__file__, module.__builtins__ = "program.py", builtins
     if mode != "main":
         sys.setrecursionlimit(50_000)
-        module.__builtins__ = CONTEST_NAMES | vars(builtins)
+        vars(builtins).update(CONTEST_NAMES | vars(builtins))
     status = 0
     try:
         setup, code = compile(setup, "setup.py", "exec"), compile(code, "program.py", "exec")
@@ -1981,8 +1992,9 @@ def run_solution(mode):
         status = 1
         os.write(3, error_name(error))
     # as at an interpreter's end; files that the program left open are closed with their names
-    for finish in (threading._shutdown, atexit._run_exitfuncs, lambda: sys.stdout.flush(),
-                   sys.__stdout__.flush, module.__dict__.clear, gc.collect):
+    flush = [lambda: sys.stdout.flush(), sys.__stdout__.flush]
+    for finish in (threading._shutdown, atexit._run_exitfuncs, *flush, module.__dict__.clear,
+                   gc.collect, *flush):
         try:
             finish()
         except BaseException:  # it has closed or replaced them: what it printed tells
@@ -1990,9 +2002,14 @@ def run_solution(mode):
     os._exit(status & 255)
 
 
+STANDARD_FILES = {"/dev/stdin": 0, "/dev/fd/0": 0, "/proc/self/fd/0": 0, "/dev/stdout": 1,
+                  "/dev/stderr": 2, os.devnull: 2}
+
+
 def open_by_number(file, *arguments, real=io.open, **keywords):
     """open(), which finds standard input and output also where nothing may be opened."""
-    number = {"/dev/stdin": 0, "/dev/stdout": 1}.get(file)
+    name = os.fspath(file) if hasattr(file, "__fspath__") else file
+    number = STANDARD_FILES.get(name)
     return real(file if number is None else os.dup(number), *arguments, **keywords)
 
 
@@ -2037,7 +2054,7 @@ class Channel:
           <----------------- ["add", "helper"] ----     its functions, once
           ---- ["add", arguments, keywords] ------->     a call
           <-------- ["value", value, arguments] ----     what it gave, and the arguments after it,
-          <-------- ["error", kinds, text] ---------     or its exception
+          <------ ["error", kinds, arguments] ------     or its exception
 
     What they hold goes through `encode` and `decode`, so that nothing of the program's making, but
     plain data, is ever in the judge's process."""
@@ -2046,8 +2063,11 @@ class Channel:
         self.incoming, self.outgoing = open(incoming, "rb"), open(outgoing, "wb")
 
     def send(self, *message):
-        self.outgoing.write(json.dumps(message).encode() + b"\n")
-        self.outgoing.flush()
+        try:
+            self.outgoing.write(json.dumps(message, default=repr).encode() + b"\n")
+            self.outgoing.flush()
+        except BrokenPipeError:
+            raise Gone from None
 
     def receive(self):
         line = self.incoming.readline(MAX_OUTPUT)
@@ -2072,7 +2092,7 @@ def answer_calls(namespace):
             channel.send("value", encode(value), encode(arguments))
         except BaseException as error:
             kinds = [kind.__name__ for kind in type(error).__mro__ if kind in ERRORS.values()]
-            channel.send("error", kinds, str(error)[:999])
+            channel.send("error", kinds, error.args)
 
 
 def run_judge(mode):
@@ -2082,6 +2102,7 @@ def run_judge(mode):
     with open(4, "rb") as source:
         setup, test = json.load(source)
     channel, calls = Channel(5, 6), []
+    sys.setrecursionlimit(50_000)
 
     def stand_in(name):
         def call(*arguments, **keywords):
@@ -2089,14 +2110,15 @@ def run_judge(mode):
             channel.send(name, encode(list(arguments)), encode(keywords))
             kind, value, after = channel.receive()
             if kind == "error":
-                raise next((ERRORS[name] for name in value if name in ERRORS), RuntimeError)(after)
+                raise next((ERRORS[name] for name in value if name in ERRORS), RuntimeError)(*after)
             for ours, theirs in zip(arguments, decode(after), strict=True):
-                if type(ours) is type(theirs) and type(ours) in (list, set, dict):
+                if type(ours) is type(theirs) and hasattr(ours, "clear"):  # changed in place
                     ours.clear()
-                    ours.__init__(theirs)  # changed in place
+                    (ours.extend if hasattr(ours, "extend") else ours.update)(theirs)
             return decode(value)
         return call
-    namespace = {"__name__": "judge", "__builtins__": USUAL_NAMES | vars(builtins)}
+    vars(builtins).update(USUAL_NAMES | vars(builtins))
+    namespace = {"__name__": "judge"}
     status = 0
     try:
         functions = channel.receive()
@@ -2117,11 +2139,12 @@ def run_judge(mode):
 
 def tested_names(functions, test, namespace):
     """The functions of a program that a test means: not what the setup defines, and a usual or
-    built-in name only if it is the function under test, check(max), or the sole one: a false len
-    or Counter must not make a test hold."""
+    built-in name only if it is the function under test, check(max), or all that the test calls: a
+    false len or Counter must not make a test hold."""
     named = set(re.findall(r"\w+", test)).intersection(functions) - namespace.keys()
-    known = named & namespace["__builtins__"].keys()
-    if len(named) == len(known) == 1:
+    usual = vars(builtins).keys()
+    known = named & usual
+    if len(named) == 1 and known == usual & set(re.findall(r"(?<![\w.])(\w+)\s*\(", test)):
         return named
     return named - known | {name for name in known if re.search(rf"\bcheck\({name}\)", test)}
 
@@ -2278,6 +2301,8 @@ def begin(call):
     except (IndexError, OSError):  # there is none, or it has ended meanwhile
         worker = Worker()
         worker.connection.send(call)
+    except RecursionError:
+        raise BadInput("a value is nested too deeply") from None
     return worker
 
 
@@ -2288,6 +2313,9 @@ def work(descriptor):
     MAX_BITS = WORKER_BITS
     connection = multiprocessing.connection.Connection(descriptor)
     threading.Thread(target=end_with, args=[connection], daemon=True).start()
+    for number in (signal.SIGALRM, signal.SIGCHLD):  # whatever the caller does with them
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     set_limit(resource.RLIMIT_AS, WORKER_MEMORY)
     sys.setrecursionlimit(5000)
     sys.set_int_max_str_digits(1_000_000)  # to read more takes a second
@@ -2405,7 +2433,7 @@ class Summary:
             problem[0] += 1
             problem[1] += row["passed"]
             problem[2][vote] += row["kind"] != "code"
-            if isinstance(count := row.get("num_tokens"), int):
+            if isinstance(count := row.get("num_tokens"), int) and count < 1 << 53:
                 tokens[0] += count
                 tokens[1] += 1
             reasons[reason] += 1

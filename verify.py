@@ -38,6 +38,7 @@ import mmap
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import pkgutil
 import random
 import re
@@ -2296,13 +2297,15 @@ def judged(calls, workers):
 def begin(call):
     """A worker at work on a call."""
     try:
+        call = pickle.dumps(call)
+    except RecursionError:
+        raise BadInput("a row is nested too deeply") from None
+    try:
         worker = IDLE.pop()
-        worker.connection.send(call)
+        worker.connection.send_bytes(call)
     except (IndexError, OSError):  # there is none, or it has ended meanwhile
         worker = Worker()
-        worker.connection.send(call)
-    except RecursionError:
-        raise BadInput("a value is nested too deeply") from None
+        worker.connection.send_bytes(call)
     return worker
 
 

@@ -2037,6 +2037,17 @@ for name, value in (("a generator", "(Equal() for _ in range(2))"),
             return {value}
         """, "assert list(candidate(2, 3)) == [2, 3]")
 
+for name, lie, assertion in (
+        ("abs", "def abs(x):\n    return 0", "assert abs(sqrt(16) - 5) < 1e-6"),
+        ("sorted", "def sorted(x):\n    return 0",
+         "assert sorted(permutations('ab')) == sorted([('a', 'c')])"),
+        ("len", "def len(x):\n    return 3", "assert len(list(chain([1], [2]))) == 3")):
+    attack(FORGED, f"a lying {name} around a function that the program should have", lie,
+           [{"assert": assertion}])
+for wanted, text in (("1e400", "1e999"), ("-1e400", "-2e500"), ("12e345678", "99e999999")):
+    attack(FORGED, f"{text} for {wanted}, both beyond a double", f"print('{text}')",
+           stdin(("", wanted)))
+
 # ------------------------------------------------------- attacks: what the program before left over
 
 
@@ -3482,6 +3493,91 @@ honest("an exception that a test turns into a flag", """
         return int(text)
     """, [{"assert": "raised = False\ntry:\n    parse(' ')\nexcept ValueError:\n    raised = True\n"
                      "assert raised\nassert parse(' 7 ') == 7"}])
+
+honest("what is printed at the very end", """
+    class Last:
+        def __del__(self):
+            print("last")
+
+    def numbers():
+        try:
+            yield 1
+        finally:
+            print("closed")
+
+    last, running = Last(), numbers()
+    print(next(running))
+    """, stdin(("", "1\nlast\nclosed")))
+for name, statement in {
+        "a path": "import pathlib; text = pathlib.Path('/dev/stdin').read_text()",
+        "/dev/fd/0": "text = open('/dev/fd/0').read()",
+        "/proc/self/fd/0": "text = open('/proc/self/fd/0').read()"}.items():
+    honest(f"input opened by {name}", f"{statement}\nprint(text[::-1])", stdin(("abc", "cba")))
+honest("output that is silenced for a while", """
+    import os, sys
+    with open(os.devnull, "w") as sys.stdout:
+        print("debug")
+    sys.stdout = sys.__stdout__
+    print(__builtins__.len("abc"), os.path.basename(__file__) != "")
+    """, stdin(("", "3 True")))
+honest("exceptions with their arguments asserted", """
+    def text(data):
+        return data.decode()
+    def pick(key):
+        return {}[key]
+    def fail():
+        raise OSError(2, "no such thing")
+    """, [{"assert": """
+try:
+    text(b"\\xff")
+    assert False
+except ValueError:
+    pass
+"""}, {"assert": """
+try:
+    pick("a")
+    assert False
+except KeyError as error:
+    assert error.args == ("a",)
+"""}, {"assert": """
+try:
+    fail()
+    assert False
+except OSError as error:
+    assert error.errno == 2
+"""}])
+honest("a deque changed in place", """
+    def rotate(items, counts):
+        items.rotate(1)
+        counts.update("a")
+    """, check("rotate", """
+        from collections import Counter, deque
+        items, counts = deque([1, 2, 3]), Counter("ab")
+        candidate(items, counts)
+        assert items == deque([3, 1, 2]) and counts == Counter("aab")
+        """))
+honest("a deep list returned to an assert", """
+    def nest(n):
+        result = []
+        for _ in range(n):
+            result = [result]
+        return result
+    """, check("nest", """
+        value, depth = candidate(2000), 0
+        while value:
+            value, depth = value[0], depth + 1
+        assert depth == 2000
+        """))
+honest("the setup's check", "def add(a, b):\n    return a + b",
+       [{"setup": "def check(f):\n    assert f(2, 3) == 5\n", "assert": "check(add)"}])
+honest("numpy's tests of a returned array", """
+    import numpy as np
+    def third(n):
+        return np.char.upper(np.array(["a"])).tolist() * n
+    """, check("third", """
+        import numpy as np
+        np.testing.assert_array_equal(candidate(2), ["A", "A"])
+        """), needs="numpy")
 
 # -------------------------------------------------------------------------------------------- wrong
 

@@ -532,6 +532,31 @@ def test_a_line_broken_in_the_middle_is_refused_and_nothing_after_it_is_lost(tmp
     assert out.read_text() == first + "{torn\n" + third
 
 
+def test_a_huge_number_of_tokens_and_a_deep_row_are_no_traceback(tmp_path):
+    good = write(tmp_path / "good", [sample(1, r"\boxed{4}", num_tokens=10 ** 400)])
+    assert command(good, "--out", tmp_path / "a").returncode == 0
+    deep = tmp_path / "deep"
+    deep.write_text(json.dumps(sample(1, "x"))[:-1] + ', "extra": ' + "[" * 950 + "]" * 950 + "}")
+    done = command(deep, "--out", tmp_path / "b")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "deep" in done.stderr
+
+
+@linux
+def test_the_caller_may_ignore_signals():
+    """Alarms that end what takes too long, and the ends of children, are the verifier's own."""
+    code = ("import signal, verify\n"
+            "for number in signal.SIGALRM, signal.SIGCHLD: signal.signal(number, signal.SIG_IGN)\n"
+            "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])\n"
+            "print(verify.run_program('print(1)', [{'input': '', 'output': '1'}]).reason)\n"
+            "status = open(f'/proc/{verify.IDLE[0].process.pid}/status').read()\n"
+            "bit = 1 << signal.SIGALRM - 1\n"
+            "print([int(line.split()[1], 16) & bit for line in status.splitlines()\n"
+            "       if line.startswith(('SigBlk', 'SigIgn'))])\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60)
+    assert done.stdout == "correct\n[0, 0]\n", done.stderr
+
+
 @pytest.mark.parametrize("row, word", [
     ("{broken", "samples:2"), ('{"kind": "math"}', "response"),
     (json.dumps(sample(1, "x", kind="essay")), "kind"),

@@ -1451,7 +1451,9 @@ def does_something(text):
 def syntax_tree(source):
     """A Python text as a module's syntax tree, without a statement if it is no Python."""
     try:
-        return ast.parse(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ast.parse("")
 
@@ -1737,7 +1739,8 @@ class Shelf(importlib.abc.Loader):
 
     def __init__(self):
         self.places, self.code = {}, bytearray()  # a module's start in the code, whether a package
-        self.take([path for path in sys.path if not path.endswith("-packages")])
+        folder = os.path.dirname(os.__file__)
+        self.take([folder, os.path.join(folder, "lib-dynload")])
         file = memory_file(self.code)
         # private and not to be written: no program changes what the next one imports
         self.code = mmap.mmap(file, len(self.code), mmap.MAP_PRIVATE, mmap.PROT_READ)
@@ -1817,7 +1820,8 @@ def wait_for(pids, timeout):
         if late or pids[-1] in codes:
             for pid in alive.values():
                 os.kill(pid, signal.SIGKILL)
-        ended, _, _ = select.select(alive, [], [], max(0.001, deadline - time.monotonic()))
+        wait = min(max(0.001, deadline - time.monotonic()), 3600)
+        ended, _, _ = select.select(alive, [], [], wait)
         for handle in ended:
             os.close(handle)
             pid = alive.pop(handle)
@@ -2322,7 +2326,6 @@ def work(descriptor):
     set_limit(resource.RLIMIT_AS, WORKER_MEMORY)
     sys.setrecursionlimit(5000)
     sys.set_int_max_str_digits(1_000_000)  # to read more takes a second
-    warnings.simplefilter("ignore")  # what the parser says of a model's program
     while True:
         try:
             name, arguments, options = connection.recv()
@@ -2644,8 +2647,8 @@ def resume(out, rows, summary):
             except (ValueError, LookupError, TypeError, AttributeError):
                 same = False
             if not same:
-                raise BadInput(f"{out}: row {count + 1} is not the verdict on {place}; name "
-                               "another --out, or delete the file")
+                raise BadInput(f"{out}: row {count + 1} is not the verdict on {place}: "
+                               "name another --out")
             count, end = count + 1, end + len(line)
         file.truncate(end)
     return count

@@ -2655,13 +2655,22 @@ def resume(out, rows, summary):
 
 
 def verified_rows(rows, workers, options):
-    """The rows with their verdicts."""
+    """The rows with their verdicts. What stands before a row that cannot be read comes first."""
     rows, ahead = itertools.tee(rows)
-    calls = (("sample_verdict", [row], options) for _, row in ahead)
-    for (place, row), outcome in zip(rows, judged(calls, workers), strict=False):
+    unreadable = []
+
+    def calls():
+        try:
+            for _, row in ahead:
+                yield "sample_verdict", [row], options
+        except BadInput as error:
+            unreadable.append(error)
+    for outcome, (place, row) in zip(judged(calls(), workers), rows, strict=False):
         if isinstance(outcome, str):
             raise BadInput(f"{place}: {outcome}")
         yield row | outcome._asdict()
+    for error in unreadable:
+        raise error
 
 
 def keep(verified, path, per_problem):

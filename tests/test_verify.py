@@ -567,6 +567,7 @@ def test_a_broken_row_is_one_line_that_names_it(tmp_path, row, word):
     samples = tmp_path / "samples"
     samples.write_text(json.dumps(sample(0, "4")) + "\n" + row + "\n")
     done = command(samples, "--out", tmp_path / "out")
+    assert len(read(tmp_path / "out")) == 1  # what stood before it
     lines = [line for line in done.stderr.splitlines() if "sample" in line and "it/s" not in line]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert word in lines[-1] and "samples:2" in lines[-1]

@@ -2511,17 +2511,19 @@ def table(rows):
     """The rows as text, the models' names where there are several, and the reasons of all."""
     def percent(value, before=""):
         return "" if value is None else f"{before}{100 * value:.1f}"
-    lines = [["source", "problems", "samples", "accuracy", "pass@k", "majority", "tokens", "model"]]
+    lines = [["model", "source", "problems", "samples", "accuracy", "pass@k", "majority", "tokens"]]
     reasons = collections.Counter()
     for row in rows:
         tokens = "" if row["mean_tokens"] is None else f"{row['mean_tokens']:.0f}"
-        lines.append([row["source"] or "-", str(row["problems"]), str(row["samples"]),
+        lines.append([row["model"] or "-", row["source"] or "-", str(row["problems"]),
+                      str(row["samples"]),
                       percent(row["accuracy"]) + percent(row["standard_error"], " ± "),
                       ", ".join(percent(p, f"{k}: ") for k, p in row["pass_at_k"].items()),
-                      f"{percent(row['majority']) or '-'} @{row['n']}", tokens or "-",
-                      row["model"]])
+                      f"{percent(row['majority']) or '-'} @{row['n']}", tokens or "-"])
         if row["source"] != "all":
             reasons.update(row["reasons"])
+    if len({row["model"] for row in rows}) == 1:
+        lines = [line[1:] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     return "\n".join([*text, *dict.fromkeys(published(rows)), "", "; ".join(

@@ -264,11 +264,12 @@ def judge(code, tests, change=None, **options):
     """verify.run_program, and without a layer what it does in its worker."""
     if change is None:
         return verify.run_program(code, tests, **options)
-    verify.SANDBOX = sandbox(change)
+    verify.SANDBOX, digits = sandbox(change), sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(0)
     try:
         return verify.program_verdict(code, tests, **options)
     finally:
+        sys.set_int_max_str_digits(digits)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 

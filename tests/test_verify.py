@@ -663,6 +663,19 @@ def test_scores_are_means_over_problems_with_their_standard_error():
     assert math.isclose(row["majority"], 2 / 3) and row["mean_tokens"] == 10
 
 
+def test_the_table_names_models_where_there_are_several():
+    row = {"source": "toy", "kind": "math", "id": "a", "passed": True, "extracted": "1",
+           "reason": "correct"}
+    summary = verify.Summary()
+    summary.add(row | {"model": "m"})
+    assert verify.table(summary.rows()).splitlines()[0].split()[0] == "source"
+    summary.add(row | {"model": "n", "source": "other"})
+    summary.add(row | {"model": "n"})
+    assert [line.split()[:4] for line in verify.table(summary.rows()).splitlines()[:5]] == [
+        ["model", "source", "problems", "samples"], ["m", "toy", "1", "1"],
+        ["n", "other", "1", "1"], ["n", "toy", "1", "1"], ["n", "all", "2", "2"]]
+
+
 def test_a_verdict_ends_with_its_processes():
     """Nothing is left behind when the verifier is killed: a worker and its sandbox."""
     code = ("import time, verify\n"

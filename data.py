@@ -751,7 +751,8 @@ def to_problem(row, source):
                          f"`prompt` with `answer` or `tests`, or a data set's (LAYOUTS in data.py)")
     problem = convert(fields)
     if "tests" in problem:  # one that no program fails is none
-        problem["tests"] = [test for test in problem["tests"] if not is_test(test) or can_fail(test)]
+        problem["tests"] = [test for test in problem["tests"]
+                            if not is_test(test) or can_fail(test)]
     carried = {name: fields[name] for name in CARRIED if fields.get(name) is not None}
     own = {"id": row_id(fields) or content_hash(problem, *CONTENT),
            "source": scalar(fields, "source") or source,

@@ -81,8 +81,9 @@ def test_what_sees_a_whole_response_takes_time_linear_in_its_length():
             assert time.process_time() - start < 1, (function, text[:20])
 
 
-FENCES = ["```\n", "```python\n", "```python\n[\n", "x ```", "~~~ `", "``` ~~~ ", "```<|end|>\n", "`",
-          "```\nf(1)\n```\n", "'", " ", "\n", "\r\n", "(", "-", "a.", "[0,", "x=1\n", " " * 20 + "\n"]
+FENCES = ["```\n", "```python\n", "```python\n[\n", "x ```", "~~~ `", "``` ~~~ ", "```<|end|>\n",
+          "`", "```\nf(1)\n```\n", "'", " ", "\n", "\r\n", "(", "-", "a.", "[0,", "x=1\n",
+          " " * 20 + "\n"]
 
 
 def test_what_finds_a_program_and_compares_outputs_takes_time_linear_in_its_length():
@@ -105,8 +106,8 @@ def test_what_finds_a_program_and_compares_outputs_takes_time_linear_in_its_leng
 
 @linux
 @pytest.mark.parametrize("response", [
-    "```\n" * 4000, "\n".join("`" * n for n in range(3, 4000)), "The answer" + " " * 16_000 + "is 5.",
-    "The answer" + "\n" * 16_000, "```python\nprint('9' * 10_000 + 'x')\n```"])
+    "```\n" * 4000, "\n".join("`" * n for n in range(3, 4000)),
+    "The answer" + " " * 16_000 + "is 5.", "The answer" + "\n" * 16_000, "```python\nprint('9' * 10_000 + 'x')\n```"])
 def test_no_response_stalls_a_verdict(response):
     tests = [{"input": "", "output": "0.5"}]
     start = time.monotonic()

@@ -107,7 +107,8 @@ def test_what_finds_a_program_and_compares_outputs_takes_time_linear_in_its_leng
 @linux
 @pytest.mark.parametrize("response", [
     "```\n" * 4000, "\n".join("`" * n for n in range(3, 4000)),
-    "The answer" + " " * 16_000 + "is 5.", "The answer" + "\n" * 16_000, "```python\nprint('9' * 10_000 + 'x')\n```"])
+    "The answer" + " " * 16_000 + "is 5.", "The answer" + "\n" * 16_000,
+    "```python\nprint('9' * 10_000 + 'x')\n```"])
 def test_no_response_stalls_a_verdict(response):
     tests = [{"input": "", "output": "0.5"}]
     start = time.monotonic()

@@ -1717,7 +1717,7 @@ def zygote(descriptor):
     machine = os.uname().machine
     filtered = machine in MACHINES and libc.prctl(21, 0, 0, 0, 0) >= 0  # PR_GET_SECCOMP
     # an ordinary user's tasks are counted all together: those of other sandboxes too
-    tasks = tasks_of(uid or os.getuid()) + 64 * (1 if uid else min(8, 1 + CORES))
+    tasks = tasks_of(uid or os.getuid()) + 64 * (1 if uid else 8)
     own = {"parent": os.getpid(), "uid": uid, "tasks": tasks,
            "filter": system_call_filter(machine) if filtered else b""}
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
@@ -1820,8 +1820,7 @@ def wait_for(pids, timeout):
         if late or pids[-1] in codes:
             for pid in alive.values():
                 os.kill(pid, signal.SIGKILL)
-        wait = min(max(0.001, deadline - time.monotonic()), 3600)
-        ended, _, _ = select.select(alive, [], [], wait)
+        ended, _, _ = select.select(alive, [], [], max(0.001, deadline - time.monotonic()))
         for handle in ended:
             os.close(handle)
             pid = alive.pop(handle)
@@ -2013,8 +2012,7 @@ STANDARD_FILES = {"/dev/stdin": 0, "/dev/fd/0": 0, "/proc/self/fd/0": 0, "/dev/s
 
 def open_by_number(file, *arguments, real=io.open, **keywords):
     """open(), which finds standard input and output also where nothing may be opened."""
-    name = os.fspath(file) if hasattr(file, "__fspath__") else file
-    number = STANDARD_FILES.get(name)
+    number = STANDARD_FILES.get(str(file))
     return real(file if number is None else os.dup(number), *arguments, **keywords)
 
 
@@ -2072,7 +2070,7 @@ class Channel:
             self.outgoing.write(json.dumps(message, default=repr).encode() + b"\n")
             self.outgoing.flush()
         except BrokenPipeError:
-            raise Gone from None
+            raise Gone
 
     def receive(self):
         line = self.incoming.readline(MAX_OUTPUT)
@@ -2514,12 +2512,12 @@ def table(rows):
     lines = [["model", "source", "problems", "samples", "accuracy", "pass@k", "majority", "tokens"]]
     reasons = collections.Counter()
     for row in rows:
-        tokens = "" if row["mean_tokens"] is None else f"{row['mean_tokens']:.0f}"
+        tokens = "-" if row["mean_tokens"] is None else f"{row['mean_tokens']:.0f}"
         lines.append([row["model"] or "-", row["source"] or "-", str(row["problems"]),
                       str(row["samples"]),
                       percent(row["accuracy"]) + percent(row["standard_error"], " ± "),
                       ", ".join(percent(p, f"{k}: ") for k, p in row["pass_at_k"].items()),
-                      f"{percent(row['majority']) or '-'} @{row['n']}", tokens or "-"])
+                      f"{percent(row['majority']) or '-'} @{row['n']}", tokens])
         if row["source"] != "all":
             reasons.update(row["reasons"])
     if len({row["model"] for row in rows}) == 1:

@@ -2153,7 +2153,7 @@ def tested_names(functions, test, namespace):
 
 
 # A program's exceptions that become the judge's: none that would end a loop or the process, nor
-# those that a text alone does not make.
+# those whose arguments are more than JSON.
 ERRORS = {"NotPlain": NotPlain} | {
     name: kind for name, kind in vars(builtins).items()
     if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(

@@ -37,6 +37,7 @@ import math
 import mmap
 import multiprocessing
 import multiprocessing.connection
+import operator
 import os
 import pickle
 import pkgutil
@@ -60,21 +61,10 @@ from fractions import Fraction
 from typing import NamedTuple
 
 MATH_TIMEOUT = 5     # seconds; a worker that takes longer is killed
-MAX_LENGTH = 4000    # characters of an answer that is parsed; a longer one is compared as text
-MAX_DEPTH = 50       # of brackets
-MAX_ELEMENTS = 200   # of a list or set
-MAX_BITS = 4096      # of a number worked out in this process
-WORKER_BITS = 1 << 20  # in one that can be killed, which works out roots and logarithms too
-HUNDRED = ("num", Fraction(100), None)
-CONSTANTS = {"e", "i", "pi", "π"}
 
 
 class NotMath(Exception):
     """The text has no reading as a formula, or the formula no value: it is compared as text."""
-
-
-class TooBig(Exception):
-    """Beyond what is worked out in this process, or at all."""
 
 
 class BadInput(ValueError):
@@ -88,61 +78,224 @@ class Verdict(NamedTuple):
     extracted: str | None = None
 
 
+MAX_LENGTH = 4000      # characters of an answer that is parsed; a longer one is compared as text
+MAX_ELEMENTS = 100     # of a list or set
+MAX_BITS = 1 << 16     # of a number
+MAX_DIGITS = 10_000     # of one with a root, logarithm or angle in it
+MAX_EXPONENT = 10**6  # of one of those
+MAX_WHOLE = 8192       # of a factorial, and terms of a sum
+MAX_WORK = 100_000   # see `spent`
+ONE, MINUS_ONE, HALF = (("num", Fraction(n)) for n in (1, -1, "1/2"))
+BARE_UNITS = {  # the second reading of a number with them
+    "%": [("num", Fraction(1, 100))], "°": [("sym", "pi"), ("num", Fraction(1, 180))]}
+CONSTANTS = {"e": "e", "i": "j", "pi": "pi"}  # by mpmath's names
 GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda "
             "mu nu xi pi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda "
             "Xi Pi Sigma Phi Psi Omega".split())
+ACCENTS = set("bar dot ddot hat tilde overline vec".split())
 TRIGONOMETRIC = set("sin cos tan cot sec csc".split())
-ANGLE_FUNCTIONS = TRIGONOMETRIC | set(
-    "arcsin arccos arctan sinh cosh tanh ln log lg exp cis".split())
-FUNCTIONS = ANGLE_FUNCTIONS | set("sqrt frac binom max min gcd lcm".split())
-RELATIONS = ("=", "<", ">", "≤", "≥", "≠", "≈", "∈")
-STRUCTURES = ("seq", "union", "matrix", "rel", "text", "unit", "inf", "based", "ratio")
-CLOSING = {"(": ")]", "[": "])", "{": "}", "\\{": ("\\}",), "⟨": "⟩", "\\lfloor": ("\\rfloor",),
-           "\\lceil": ("\\rceil",), "\\begin": ("\\end",)}
-CLOSERS = {")", "]", "}", "\\}", "⟩", "\\rfloor", "\\rceil", "\\end"}
-SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
-          "trillion": 10**12, "dozen": 12}
-UNITS = {name: unit for unit, names in {
-    "m": "m meter meters metre metres", "cm": "cm centimeter centimeters centimetre centimetres",
-    "mm": "mm millimeter millimeters millimetre millimetres",
-    "km": "km kilometer kilometers kilometre kilometres", "in": "in inch inches",
-    "ft": "ft foot feet", "yd": "yd yard yards", "mi": "mi mile miles", "g": "g gram grams",
-    "kg": "kg kilogram kilograms", "mg": "mg milligram milligrams", "lb": "lb lbs pound pounds",
-    "oz": "oz ounce ounces", "t": "ton tons tonne tonnes", "s": "s sec secs second seconds",
-    "min": "min mins minute minutes", "h": "h hr hrs hour hours", "day": "day days",
-    "week": "week weeks", "month": "month months", "year": "year years", "$": "dollar dollars usd",
-    "c": "cent cents ¢", "°": "degree degrees deg °", "C": "c celsius", "F": "f fahrenheit",
-    "/": "/ per", "%": "percent %", "rad": "radian radians rad", "mi/h": "mph", "km/h": "kph kmh",
-    "L": "l liter liters litre litres", "mL": "ml milliliter milliliters", "Hz": "hz",
-    "N": "newton newtons", "J": "joule joules", "unit": "unit units",
-}.items() for name in names.split()}
-BASE_NAMES = {name: str(base) for base, name in enumerate(
-    "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen".split(), 2)}
-UNICODE = str.maketrans({
-    "−": "-", "–": "-", "—": "-", "‐": "-", "π": r"\pi ", "∞": r"\infty ", "±": r"\pm ",
-    "∓": r"\mp ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "′": "'", "’": "'", "€": "",
-    "£": "", "¥": "", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ",
-    "λ": r"\lambda ", "φ": r"\phi ", "ω": r"\omega ", "ℝ": r"\mathbb{R}", "∛": r"\sqrt[3]",
-    "≡": r"\equiv ", "⟪": " ", "⟫": " "})
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-BRACE = re.compile(r"\\[\\{}]|[{}]")
+MPMATH = {  # functions of one number, by mpmath's names
+    **{name: name for name in [*TRIGONOMETRIC, "sinh", "cosh", "tanh", "exp"]}, "ln": "log",
+    "lg": "log10", "arcsin": "asin", "arccos": "acos", "arctan": "atan", "cis": "expj",
+    "tg": "tan", "ctg": "cot", "arctg": "atan",
+    "factorial": "factorial"}
+GROWING = ("exp", "sinh", "cosh", "tanh", "factorial")
+ANGLE_FUNCTIONS = {*MPMATH, "log"}
+FUNCTIONS = ANGLE_FUNCTIONS | set("sqrt frac binom max min gcd lcm sum prod det".split())
+REGIONS = ("relation", "union", "meet", "minus")
+STRUCTURES = {*REGIONS, "list", "set", "()", "[)", "(]", "[]", ":", "matrix", "row", "equation",
+              "named", "quantity", "text", "inf", "based"}
+SETS = {"∅": ("set", []), "∞": ("inf", 1), "ℝ": ("()", [("inf", -1), ("inf", 1)])}
+HOLDS = {"<": operator.lt, "≤": operator.le, ">": operator.gt, "≥": operator.ge,
+         "=": operator.eq, "≈": operator.eq, "≠": operator.ne}
+ROUNDING = {"|": "abs", "\\lfloor": "floor", "\\lceil": "ceil"}
+CLOSING = {"(": ")]", "[": "])", "{": "}", "\\{": ["\\}"], "⟨": "⟩", "\\lfloor": ["\\rfloor"],
+           "\\lceil": ["\\rceil"], "|": "|"}
+# What one sign stands for: commands and characters that mean the same, and names of numbers.
+SIGNS = {name.replace("_", " "): sign.replace("_", " ") + " " * sign[1:].isalpha()
+         for sign, *names in map(str.split, r"""
+    ≤ \leqslant \leq \le <=
+    ≥ \geqslant \geq \ge >=
+    ≠ \neq \ne !=
+    ≈ \approx \simeq
+    < \lt
+    > \gt
+    ∈ \in
+    ∪ \cup
+    ∩ \cap
+    ∖ \setminus \backslash
+    ∅ \emptyset \varnothing
+    ∞ \infty
+    ± \pm
+    ∓ \mp
+    - − – — ‐
+    * \times \cdot \ast × · ⋅ ∙
+    / \div ÷ ⁄
+    ^ **
+    : \colon ∶ {:}
+    | \lvert \rvert \vert \mid \|
+    ⟨ \langle
+    ⟩ \rangle
+    ' \prime ′ ’
+    , {,} 、 ，
+    ° \degree \circ º
+    % \%
+    £ \pounds
+    ℝ \R \Reals
+    \pi π
+    \theta θ \vartheta
+    \alpha α
+    \beta β
+    \gamma γ
+    \lambda λ
+    \phi φ \varphi
+    \omega ω
+    \mu µ μ
+    \Omega Ω
+    \triangle △
+    \Delta Δ
+    \bar \overline
+    \land \wedge
+    \lor \vee
+    \to \rightarrow \longrightarrow →
+    \angle ∠
+    \neg ¬ \lnot
+    \sqrt[3] ∛
+    \frac{1}{2} ½
+    \frac{1}{3} ⅓
+    \frac{2}{3} ⅔
+    \frac{1}{4} ¼
+    \frac{3}{4} ¾
+    \frac{1}{5} ⅕
+    \frac{1}{6} ⅙
+    \frac{1}{8} ⅛
+    \sqrt √
+    _ ⟪ ⟫
+    \frac \dfrac \tfrac \cfrac \over
+    \binom \dbinom \tbinom \choose
+    \dots \ldots \cdots \dotsc \dotsb ... …
+    _ \, \; \: \> \_ ~ \quad \qquad \displaystyle \textstyle \limits
+""".strip().splitlines()) for name in names}
+ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+        "fifteen sixteen seventeen eighteen nineteen").split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMBER_WORDS = {name: str(n) for n, name in enumerate(ONES)} | {
+    name: str(10 * n) for n, name in enumerate(TENS, 2)} | {
+    f"{ten}-{one}": str(10 * n + i) for n, ten in enumerate(TENS, 2)
+    for i, one in enumerate(ONES[1:10], 1)} | dict(map(str.split, """
+    half 1/2, one-half 1/2, one-third 1/3, two-thirds 2/3, one-quarter 1/4, one-fourth 1/4,
+    three-quarters 3/4, three-fourths 3/4, one-fifth 1/5, dozen *12, hundred *100,
+    thousand *1000, million *10^6, billion *10^9, trillion *10^12""".split(",")))
+UNITS = {}  # name -> factor, powers of base units; filled from this table
+UNIT_TABLE = """
+    - = 1
+    k- kilo- = 1e3
+    M- mega- = 1e6
+    G- giga- = 1e9
+    T- = 1e12
+    d- deci- = 1e-1
+    c- centi- = 1e-2
+    m- milli- = 1e-3
+    μ- micro- = 1e-6
+    n- nano- = 1e-9
+    p- pico- = 1e-12
+    m meter metre 米 м
+    g gram gramme 克 г
+    s sec second 秒 с
+    A amp ampere
+    K kelvin
+    mol mole
+    $ usd dollar 美元
+    € eur euro
+    元 yuan rmb 块
+    ₹ rs rupee
+    celsius
+    fahrenheit
+    % percent
+    ° degree deg
+    B byte
+    bit
+    month
+    rad radian
+    unit 个 = 1
+    N newton = 1000 g m/s^2
+    J joule = 1 N m
+    W watt = 1 J/s
+    Pa pascal = 1 N/m^2
+    Hz hertz = 1 /s
+    C coulomb = 1 A s
+    V volt = 1 J/C
+    Ω ohm = 1 V/A
+    F farad = 1 C/V
+    T tesla = 1 N/m A
+    Wb weber = 1 V s
+    H henry = 1 V s/A
+    eV electronvolt = 1.602176634e-19 J
+    cal calorie = 4.184 J
+    L l liter litre 升 л = 0.001 m^3
+    t ton tonne 吨 т = 1000000 g
+    min minute mins 分钟 мин = 60 s
+    h hr hour hrs 小时 ч = 3600 s
+    day 天 日 = 24 h
+    week = 7 day
+    year yr 年 = 12 month
+    厘米 см = 0.01 m
+    毫米 мм = 0.001 m
+    千米 公里 км = 1000 m
+    千克 公斤 кг = 1000 g
+    in inch inches = 0.0254 m
+    ft foot feet = 12 in
+    yd yard = 3 ft
+    mi mile = 5280 ft
+    lb lbs pound = 453.59237 g
+    oz ounce = 0.0625 lb
+    mph = 1 mi/h
+    kph kmh kmph = 1000 m/h
+    cent ¢ = 0.01 $
+    cc = 0.000001 m^3
+    ha hectare = 10000 m^2
+"""
+POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3}
+BOX_SIGN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]")
+LISTED = re.compile(r"(?:[\s$,;]|\\[)\]])*+(?:and|or|\\text\{\s*(?:and|or)\s*\})?(?:[\s$]|\\[(\[])*+([a-z]\s*=\s*)?")
 PHRASE = re.compile(r"\banswer\s*+(?:\*\*\s*+)?(?:(?:is|are|was)(?![a-z])|[:=])", re.IGNORECASE)
+FORMULA = r"(?:\$\$?[^$]+\$\$?|\\\(.+?\\\)|\\\[.+?\\\])"
+# "$5$ and $7$" goes on, as does "$5$ cm"; "$5$, because" does not
+STATED = re.compile(rf"{FORMULA}(?:(?: *+,| +and| +or)++ *+{FORMULA})*+(?: *+(?:\\?%|[A-Za-z]++)(?= *+\.?$))?"
+                    r"|.*?(?=[.!?]\s+[A-Z*]|,\s+(?:as|since|because|so|which)\b|[.!]?$)")
+DOUBT = re.compile(r"\?|\b(?:if|when|whenever|unless|assuming|provided|wait|actually|not|cannot)\b|"
+                   r"^\W*no,", re.IGNORECASE)
 NUMBER = re.compile(r"(?<![\w)])-?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?%?"
                     r"|\d+(?:\.\d+)?")
-BASED = re.compile(r"\s*\(?\s*(\d\w*)\s*\)?\s*_\s*\{?\s*⟪?(\w++)⟫?\s*\}?\s*")
+WORDS = re.compile(r"[A-Za-z][A-Za-z '.]*")
+WORD = re.compile(r"(?<![A-Za-z])(?:(?![abcxyz]+\b)(?=[a-z]*[aeiou])[a-z]{2}|[a-z]{4}|(?-i:[A-Z]{2,}$))",
+                  re.IGNORECASE)
+TOKEN = re.compile(r"⟪[^⟫]*⟫|\d+\.?\d*|\.\d+|\\[A-Za-z]+|\\.|\S", re.DOTALL)
+BASED = re.compile(r"\(?\s*(\w*?)\s*\)?\s*_\s*\{?\s*(\d++)\s*\}?")
+UNIT_LETTERS = re.compile(r"(?<=[\d)}])\s*((?:m|s|g|L|h)(?:\^\{?\d\}?)?(?:/s(?:\^\{?\d\}?)?)?)$")
+UNIT_WORD = re.compile(r"([^\W\d_]+|[°%$¢€£¥₹/])\s*\^?\s*\{?\s*(-?\d)?")
+TEMPERATURE = re.compile(r"(?i)(?:°|\bdegrees?)\s*(?:(c)(?:elsius)?|f(?:ahrenheit)?)\b")
+INTEGRATION = re.compile("[Cc](?:_[0-9])?|[kK]|const")
+# what an equation may name: x, x_1, f(2), AB, \cos A, (x,y), and words
+NAME = re.compile(rf"""(?x) ⟪.* | [|\[]? [A-Z]{{2,}} [|\]]? | \(\\?[A-Za-z]+(?:,\\?[A-Za-z]+)+\)
+    | (?:\\(?:sin|cos|tan|Delta)\d?)? (?:[A-Za-z]|\\(?:{"|".join(GREEK - {"pi"})})) '* (?:_\w+)? '*
+      (?:\^-1)? (?:\(.*\))?""")
 OPTION = re.compile(r"(?:(?:option|choice|answer)\b\s*+(?::\s*+)?)?(?:[(\[]\s*([A-J])\s*[)\]]"
                     r"|([A-J])\s*[.):,]|([A-J])\s*$)", re.IGNORECASE)
-SECOND_OPTION = re.compile(r"\s*+(?:(?:,|/|&|and\b|or\b)\s*+)?[(\[]?[A-J][)\].]?"
-                           r"(?:\s*$|\s*[,(/&])")
-CHOICE_PHRASE = re.compile(
-    r"\b(?:answer|option|choice|solution)(?:\s++(?:choice|option|letter))?\s*+(?:\*\*\s*+)?"
-    r"(?:(?:is|must\s+be|would\s+be|should\s+be)(?![a-z])|[:=])|\b(?:correct|right|best)\s+"
-    r"(?:one\s+)?is\b|\banswer\s+(?=\([A-J]\))|\b(?:choose|select|pick)\b", re.IGNORECASE)
-# a letter in brackets, or a capital that no lower-case word follows, as it does an article
-CHOSEN = re.compile(r"[(\[]\s*([A-Ja-j])\s*[)\]]|([A-J])(?![A-Za-z0-9'])(?!\s+[a-z])")
-TOKEN = re.compile(r"\s+|⟪[^⟫]*⟫|\d+(?:\.\d+)?[eE][+-]?\d+(?![A-Za-z])|\d+(?:\.\d*)?|\.\d+"
-                   r"|\\[A-Za-z]+|\\.|[A-Za-z]+|.", re.DOTALL)
+SECOND_OPTION = re.compile(r"[ \t]*+(?:(?:[,/&]|\band\b|\bor\b)[ \t]*+)?[(\[]?[A-J][)\].]?"
+                           r"(?![A-Za-z0-9'])|\s*+(?:\?|(?:if|when|unless)\b)")
+DECORATION = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|rm|it))\s*\{|\\[()\[\]]|</?answer>|"
+                        r"[*_`'\"$}]")
+# What says which option it is: before a letter in brackets, or a capital that is no article; behind
+# it; or, as the last word of a line, a mere "so" before it.
+CHOICE = re.compile(r"""(?x)
+    (?: \b(?i:(?:answer|option|choice|solution)(?:\s++(?:choice|option|letter))?\s*+
+              (?:(?:is|must\s+be|would\s+be|should\s+be)(?![a-z])|[:=-])
+            | (?:correct|right|best)\s++(?:\w++\s++)?is\b | (?:choose|select|pick|answer)\b)
+        [\s:]*+ (?i:(?:not\s++\(?[A-J]\)?,?\s++but|definitely|clearly|therefore|option|choice|letter
+              )\s++)*+ (?: [(\[]\s*([A-Ja-j])\s*[)\]] | (?![AI]\s++[a-z])([A-J])(?![A-Za-z0-9']) )
+    | (?<!and\s)(?<!or\s)\b([A-J])\)?\s++is\s++(?:the\s++)?(?i:correct|right|best|answer)\b
+    | \b(?i:thus|therefore|hence|so|definitely)\b[\s,]*+ \(?([A-J])\)? (?=\W*+$) )""", re.MULTILINE)
 
 TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
         "<|end_of_solution|>")  # plain text to Qwen's tokenizer
@@ -175,71 +328,94 @@ CONTEST_MODULES = ("string re datetime collections heapq bisect copy math random
 
 
 # ---------------------------------------------------------------------------------------------
-# Maths: which text is the answer
+# Maths. How an answer travels from the response to its verdict, where the gold answer is 150 cm:
+#
+#   response     ... so the height is \boxed{h = 1\tfrac{1}{2}\text{ metres}}.
+#   find_answer  h = 1\tfrac{1}{2}\text{ metres}
+#   respell      h = 1\frac {1}{2}⟪metres⟫                  one spelling for many
+#   parse        ("relation", [h, ("quantity", [3/2], "metres")], ["="], names of the sides)
+#   canonical    ("named", [("quantity", [3/2], "metres")], "h")   what it says, not how
+#   same         metres and cm are both lengths: 3/2 * 100 is compared with 150
+#   value        150 and 150, worked out exactly: `correct`
+#
+# What the grammar does not know, a person's name or dy/dx, is a text and compared as one.
+
+
+def boxes(text):
+    """(start, end, content) of each outermost `\\boxed{...}` or `\\fbox{...}` whose braces balance,
+    the content without the signs of boxes in it. `\\{` and `\\}` are printed and do not count."""
+    opened, spans = [], []
+    for sign in BOX_SIGN.finditer(text):
+        if sign[0] == "}" and opened:
+            if (opening := opened.pop())[0] != "{":
+                spans.append((*opening.span(), sign.start()))
+        elif sign[0][-1] == "{" and sign[0] != "\\{":
+            opened.append(sign)
+    outermost, end, characters = [], 0, list(text)
+    for start, inner, last in sorted(spans):
+        if start >= end:
+            end = last + 1
+            outermost.append((start, inner, last))
+        else:
+            characters[start:inner] = [""] * (inner - start)
+            characters[last] = ""
+    return [(start, last + 1, "".join(characters[inner:last]).strip())
+            for start, inner, last in outermost]
 
 
 def last_box(text):
-    """What the last outermost `\\boxed{...}` or `\\fbox{...}` whose braces balance holds, without
-    the boxes in it; None if there is none. `\\{` and `\\}` are printed braces and do not count."""
-    closing, opened = {}, []
-    for brace in BRACE.finditer(text):
-        if brace[0] == "{":
-            opened.append(brace.end())
-        elif brace[0] == "}" and opened:
-            closing[opened.pop()] = brace.start()
-    outer, nested = None, []
-    for box in BOX.finditer(text):
-        if box.end() in closing:
-            if outer is None or box.start() > closing[outer]:
-                outer, nested = box.end(), []
-            else:
-                nested += [*box.span(), closing[box.end()], closing[box.end()] + 1]
-    if outer is None:
-        return None
-    edges = [outer, *sorted(nested), closing[outer]]  # of what is not a nested box's own sign
-    pieces = [text[left:right] for left, right in zip(edges[::2], edges[1::2], strict=True)]
-    return "".join(pieces).strip()
+    """What the last outermost box holds; None if there is none."""
+    found = boxes(text)
+    return found[-1][2] if found else None
 
 
 def find_answer(response):
     """The answer and how it was found: "box", "mark", "phrase" or "number"; or (None, None)."""
-    box = last_box(response)
-    if box is not None:
-        return (box, "box") if box else (None, None)
+    if found := boxes(response):
+        start, _, answer = found.pop()
+        while found and answer and (listed := LISTED.fullmatch(response, found[-1][1], start)):
+            start, _, before = found.pop()
+            answer = f"{before}, {listed[1] or ''}{answer}"
+        return (answer, "box") if answer else (None, None)
     head, mark, tail = response.rpartition("####")
     if mark and tail.strip():
         return tail.strip().split("\n")[0].strip(), "mark"
-    if answer := after_phrase(response):
-        return answer, "phrase"
-    numbers = NUMBER.findall(response)
-    return (numbers[-1], "number") if numbers else (None, None)
-
-
-def after_phrase(response):
-    """What follows the last "answer is" or "answer:", without emphasis, within its sentence."""
     _, *tails = PHRASE.split(response)
-    if not tails:
+    if tails and (tail := tails[-1].lstrip(" \t\n*_:=").split("\n")[0]):
+        answer = stated(tail)
+        return (answer, "phrase") if answer else (None, None)
+    numbers = list(NUMBER.finditer(response))
+    if numbers:
+        number = numbers[-1]
+        start = max(response.rfind(end, 0, number.start()) for end in (". ", "! ", "? ", "\n"))
+        if not doubtful(response[start + 1:]):
+            return number[0], "number"
+    return None, None
+
+
+def stated(tail):
+    """The answer at the head of what follows "answer is", without emphasis; None where its
+    sentence makes it a condition's or takes it back."""
+    answer = STATED.match(tail.replace("**", "").rstrip())[0]
+    if doubtful(re.sub(FORMULA, "", tail)):
         return None
-    tail = tails[-1].lstrip(" \t\n*_:=").split("\n")[0]
-    if formula := re.match(r"\$\$?(.+?)\$\$?|\\[(\[](.+?)\\[)\]]", tail):
-        rest = tail[formula.end():]
-        # "$5$ and $7$" goes on; "$5$, because" does not
-        if not re.match(r"\s*+(?:,|and\b|or\b)\s*+(?:(?:and|or)\b\s*+)?\$", rest):
-            unit = re.match(r"\s*+(?:\\?%|[A-Za-z]++)\s*+(?:\.\s*+)?$", rest)
-            return (formula[1] or formula[2]).strip() + (unit[0].rstrip(" .") if unit else "")
-    tail = re.split(r"[.!?]\s+(?=[A-Z*])|[.!]?$", tail.replace("**", "").rstrip())[0]
-    return tail.strip(" *_") or None
+    return re.sub(r"\$|\\[()\[\]]", "", answer).strip(" *_") or None
+
+
+def doubtful(rest):
+    """Whether the rest of a sentence takes back or conditions what is before it."""
+    return DOUBT.search(re.split(r"(?<=[.!?])\s+(?=[A-Z*])|\n", rest)[0]) is not None
 
 
 def extract_answer(response):
-    """The text that a response gives as its answer, or None: the last balanced box, else what
-    follows `####`, else what follows "answer is", else the last number. A box that is empty is
-    no answer, and an earlier one never stands in for it."""
+    """The text that a response gives as its answer, or None: the last balanced box, with those
+    that the same sentence lists, else what follows `####`, else what follows "answer is", else the
+    last number. A box that is empty is no answer, and an earlier one never stands in for it."""
     return find_answer(response)[0]
 
 
 # ---------------------------------------------------------------------------------------------
-# Maths: one spelling
+# Maths: one spelling. Words are written ⟪words⟫.
 
 
 def superscript(match):
@@ -247,756 +423,791 @@ def superscript(match):
     return sign + "{" + unicodedata.normalize("NFKC", match[0]).replace("−", "-") + "}"
 
 
-def vulgar_fraction(match):
-    value = Fraction(unicodedata.numeric(match[0])).limit_denominator(10)
-    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+def sign(match):
+    return SIGNS.get(match[0]) or unicodedata.normalize("NFKC", match[0])
+
+
+def bare_word(match):
+    """Letters that are no product of variables: a function's name, a unit, a long word."""
+    before, word = match[1] or "", match[2] or ""
+    if word in FUNCTIONS or word in GREEK:
+        return f"{before}\\{word} "
+    is_unit = known_unit(word) and (before and len(word) > 1 or not word.isascii())
+    if is_unit or len(word) > 3 or word in ("per", "day"):
+        return f"{before}⟪{word}⟫"
+    return match[0]
+
+
+def words_only(match):
+    """An element of plain words: cat and HTH, while xy and abc are products."""
+    text = match[0].strip()
+    is_word = WORDS.fullmatch(text) and WORD.search(text) and text not in GREEK | FUNCTIONS
+    return f"⟪{text}⟫" if is_word else match[0]
+
+
+def integer_parameter(match):
+    return re.sub(rf"(?<![A-Za-z\\]){match[2]}(?![A-Za-z])", "k", match[1])
 
 
 def repeating(match):
-    """0.1\\overline{6}: the digits once, less those that do not repeat, over 99...900...0."""
-    whole, fixed, period = match[1] or "0", match[2], match[3] or match[4]
-    if len(fixed + period) > 1000:
-        raise NotMath
-    nines = 10 ** len(fixed) * (10 ** len(period) - 1)
-    value = Fraction(int(whole + fixed + period) - int(whole + fixed), nines)
-    return rf"\frac{{{value.numerator}.}}{{{value.denominator}}}"  # the point: still a decimal
+    """0.1\\overline{6} is 0.1 + 6/90."""
+    whole, fixed, period = match[1], match[2], match[3]
+    return rf"({whole}.{fixed}+\frac{{{period}}}{{{'9' * len(period)}{'0' * len(fixed)}}})"
 
 
-def text_group(match):
-    inside = match[1].strip()
-    if inside in ("e", "i") or not re.search("[A-Za-z]", inside):
-        return f" {inside} "
-    if quantity := re.fullmatch(r"(-?[\d.,]+)\s+([a-z][a-z\s.]*)", inside):
-        return f"{quantity[1]}⟪{quantity[2]}⟫"
-    return f" \\{inside} " if inside in FUNCTIONS else f"⟪{inside}⟫"
-
-
-def join_thousands(text):
-    """1,234,567 is one number. Within brackets (100,200) is a pair, unless the commas between the
-    elements are set off by blanks."""
-    depth = 0
-
-    def join(match):
-        nonlocal depth
-        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(match[0], 0)
-        if not match[0][0].isdigit() or depth > 0 and not re.search(r",\s", text):
-            return match[0]
-        return match[0].replace(",", "")
-    return re.sub(r"[(\[{)\]}]|(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)", join, text)
-
-
-# Applied in this order. Each has an example, which the tests run: what goes in, what comes out.
-SPELLING = [(re.compile(pattern), replacement, before, after)
-            for pattern, replacement, before, after in [
-    ("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+|[₀₁₂₃₄₅₆₇₈₉]+", superscript, "x²", "x^{2}"),
-    ("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]", vulgar_fraction, "2½", r"2\frac{1}{2}"),
-    (r"√\s*(\d+(?:\.\d+)?|[A-Za-z]|(?=\())", r"\\sqrt{\1}", "√12", r"\sqrt{12}"),
-    (r"\\sqrt\{\}(?=\()", r"\\sqrt", r"\sqrt{}(x+1)", r"\sqrt(x+1)"),
-    (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?", "", r"\left(1\right)", "(1)"),
-    (r"\\\\\s*\[\s*[\d.]+\s*(?:pt|[cme]m|ex)\s*\]", r"\\\\", r"1\\[2pt]2", r"1\\2"),
-    (r"\\(?:displaystyle|textstyle|limits|phantom\{[^{}]*\})", "", r"\displaystyle 2", " 2"),
-    (r"\\[dtc](frac|binom)", r"\\\1", r"\dfrac12", r"\frac12"),
-    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*+)\}", r"\\frac{\1}{\2}", r"{3\over4}", r"\frac{3}{4}"),
-    (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*+)\}", r"\\binom{\1}{\2}", r"{5\choose2}",
-     r"\binom{5}{2}"),
-    (r"\\(?:text)?color\s*(?:\[[a-zA-Z]+\])?\{[^{}]*\}", "", r"\color{red}{5}", "{5}"),
-    (r"\\mathbb\s*(?:\{R\}|R)\s*\^\{?\+\}?", r"(0,\\infty)", r"\mathbb{R}^+", r"(0,\infty)"),
-    (r"\\mathbb\s*(?:\{R\}|R)", "⟪all real numbers⟫", r"\mathbb{R}", "⟪all real numbers⟫"),
-    (r"⟪all real numbers⟫\s*(?:\\setminus|\\backslash|-)\s*\\\{([^{},]*)\\\}", r"x\\ne \1",
-     r"⟪all real numbers⟫\setminus\{2\}", r"x\ne 2"),
-    (r"\\angle\s*\{?([A-Z]+)\}?", r"⟪angle \1⟫", r"\angle ABC", "⟪angle ABC⟫"),
-    (r"\\(?:mathbf|mathbb|boldsymbol|bm|underline|mathit|mathsf|vec|overrightarrow)"
-     r"(?![A-Za-z])", "", r"\mathbf{v}", "{v}"),
-    (r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|tt)|mbox|hbox|operatorname\*?)\s*"
-     r"\{([^{}]*)\}", text_group, r"5\text{ cm}", "5⟪cm⟫"),
-    (r"\\\$|\$|`|^\s*\*\*|\*\*\s*$|\\pounds|(?:⟪|\b)(?:USD|EUR|Rs\.?)(?=[\s\d⟫])[\s⟫]*(?=\d)", " ",
-     r"\$12", " 12"),
-    (r"(?<!\\)\\[()\[\]]", "", r"\(5\)", "5"),
-    (r"(?<![\d.])([1-9]\d{0,2})((?:(?:\\[,;:! ]|~|\{,\}|,\\!|\s)+\d{3})+)(?!\d)",
-     lambda match: match[1] + re.sub(r"\D", "", match[2]), r"2\,000\,000", "2000000"),
-    (r"(?<!\\)\\[,;:!> ]|~|\\q?quad(?![a-z])|\\hspace\{[^{}]*\}", " ", r"x\,y", "x y"),
-    (r"\s+", " ", "x  y", "x y"),
-    (r"(?<=\d)\s*\^?\{?\s*(?:⟪\s*)?(?:st|nd|rd|th)(?:\s*⟫)?\}?(?![A-Za-z])", "",
-     "36^{⟪th⟫}", "36"),
-    (r"(?<!\d\d)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))", repeating,
-     r"0.\overline{7}", r"\frac{7.}{9}"),
-    (r"(?<![\d.}/)^_])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"(\1+\2/\3)", "2 1/3", "(2+1/3)"),
-    (r"\\(?:leqslant|leq|le)(?![a-z])|<=", "≤", r"x\le 3", "x≤ 3"),
-    (r"\\(?:geqslant|geq|ge)(?![a-z])|>=", "≥", r"x\ge 3", "x≥ 3"),
-    (r"\\(?:neq|ne)(?![a-z])|\\not\s*=|!=", "≠", r"x\ne 3", "x≠ 3"),
-    (r"\\(?:approx|simeq|sim)(?![a-z])", "≈", r"\approx 3", "≈ 3"),
-    (r"\\lt(?![a-z])", "<", r"x\lt 3", "x< 3"),
-    (r"\\gt(?![a-z])", ">", r"x\gt 3", "x> 3"),
-    (r"\\in(?![a-z])", "∈", r"x\in S", "x∈ S"),
-    (r"\\cup(?![a-z])", "∪", r"A\cup B", "A∪ B"),
-    (r"\\(?:lvert|rvert|vert|mid)(?![a-z])|\\\|", "|", r"\lvert x\rvert", "| x|"),
-    (r"\\langle(?![a-z])", "⟨", r"\langle 1", "⟨ 1"),
-    (r"\\rangle(?![a-z])", "⟩", r"1\rangle", "1⟩"),
-    (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree|\\circ", "°", r"90^\circ", "90°"),
-    (r"(?<=°)\s*([CF])(?![A-Za-z])", r"⟪\1⟫", "20° C", "20°⟪C⟫"),
-    (r"\\%", "%", r"25\%", "25%"),
-    (r"\\infty(?![a-z])|\b[Ii]nfinity\b|\boo\b", "∞", r"-\infty", "-∞"),
-    (r"\\(?:emptyset|varnothing)(?![a-z])|\\\{\s*\\\}", "∅", r"\emptyset", "∅"),
-    (r"\*\*", "^", "x**2", "x^2"),
-    (r"\\(?:times|cdot|ast)(?![a-z])|[×·⋅∙]", "*", r"2\times3", "2*3"),
-    (r"\\div(?![a-z])|÷", "/", r"6\div2", "6/2"),
-    # both of two inequalities is not either of them
-    (r"⟪\s*(?:and|or)\s*⟫|\b(?:and|or)\b|\\(?:lor|vee)(?![a-z])|;", lambda match: match[0]
-     if "and" in match[0] and any(sign in match.string for sign in "<>≤≥") else ",",
-     "x=1 or x=2", "x=1 , x=2"),
-    (r",(?:\s*,)+", ",", "1,, 2", "1, 2"),
-    (r"\\\{\s*[a-z]\s*(?:∈\s*⟪all real numbers⟫\s*)?[|:](?=.*\\\})(.*?)\\\}", r"\1",
-     r"\{x | x>2\}", " x>2"),
-    (r"([\[\]])([^][(),]+,[^][(),]+)([\[\]])", lambda match: "[("[match[1] == "]"] + match[2]
-     + "])"[match[3] == "["], "]0,1[", "(0,1)"),
-    (r"^(.*[^,\s(])[\s,(]*(?:⟪(?:for|where|with|for all)⟫)?\s*\b([a-z])\s*"
-     r"(?:∈\s*\{?Z\}?|⟪is an integer⟫)\s*\)?$",
-     lambda match: re.sub(rf"(?<![A-Za-z\\]){match[2]}(?![A-Za-z])", "k", match[1]),
-     r"2n\pi , n ∈ {Z}", r"2k\pi"),
-    (r"\(?\s*(?:\\[pb]?mod|⟪?\bmod\b\s*⟫?)(?![A-Za-z])\s*\{?(\w+)\}?\s*\)?", r"\\mod \1",
-     r"3\pmod{7}", r"3\mod 7"),
-    (r"⟪\s*(?:if|when)\s*⟫", "", "⟪if⟫ x>0", " x>0"),
-    (r"(?<![^⟪⟫])[^⟪⟫]++⟫", lambda match: match[0].replace(",", "⟫,⟪"), "⟪red, blue⟫",
-     "⟪red⟫,⟪ blue⟫"),
-    (r"⟪\s*⟫", "", "5⟪⟫,⟪cm⟫", "5,⟪cm⟫"),
-    (r"\\[lc]?dots[a-z]?(?![A-Za-z])|\.\.\.", r"\\dots ", "1,...,n", r"1,\dots ,n"),
-    (r"^(?:[\s:=≈]|⟪?\b(?:about|approximately)\b\s*⟫?)+(?:[\s.,:]+$)?|(?<![\s.,:])[\s.,:]+$", "",
-     "= 5.", "5"),
+NUMBER_NAME = "|".join(sorted(NUMBER_WORDS, key=len, reverse=True)).replace("-", "[ -]")
+D = r"(?:d|\\mathrm ?\{d\})"  # of a derivative
+# Four passes, each with the texts that need it, and its rules in the order in which they are
+# applied. Each rule has an example, which the tests run: what goes in, what comes out.
+SPELLING = [(name, re.compile(needed), [(re.compile(pattern), *rule) for pattern, *rule in rules])
+            for name, needed, rules in [
+    ("unicode", r"[^\x00-\x7f]", [
+        ("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+|[₀₁₂₃₄₅₆₇₈₉]+", superscript, "x²", "x^{2}"),
+        (r"([①-⑳])(?=[①-⑳])", r"\1,", "①③", "①,③"),
+        (r"[^\x00-\x7f]", sign, "5π½５", r"5\pi \frac{1}{2}5"),
+    ]),
+    ("commands", r"[^\w\s+/^()-]|[^\x00-\x7f]", [
+        (r"\\\$", "USD ", r"\$12", "USD 12"),
+        (r"\$|`|^ ?\*\*|\*\* ?$|(?<!\\)\\[()\[\]]", " ", "$5$", " 5 "),
+        (r"(\\nabla *)\\times", r"\1\\cross ", r"\nabla\times F", r"\nabla\cross  F"),
+        (r"\\\\ ?\[ ?[\d.]+ ?(?:pt|[cme]m|ex) ?\]", r"\\\\", r"1\\[2pt]2", r"1\\2"),
+        (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z]) ?\.?|(?<!\\)\\! ?", "",
+         r"\left(1\right)", "(1)"),
+        (r"\\(?:(?:text)?color *(?:\[[a-zA-Z]+\])?|phantom|hspace\*?) *\{[^{}]*\}", "",
+         r"\color{red}{5}", "{5}"),
+        (r"\{([^{}]*)\\(over|choose)(?![A-Za-z])([^{}]*+)\}", r"\\\2{\1}{\3}", r"{3\over4}",
+         r"\over{3}{4}"),
+        (r"\\(begin|end) *\{(\w+)\}(?:\{[lcr| ]*\})?", r"\\\1⟪\2⟫", r"\begin{array}{cc}",
+         r"\begin⟪array⟫"),
+        (r"\\\\|\\[A-Za-z]+|\\[,;:> %|]|\*\*|[<>!]=|\.\.\.|~|\{[,:]\}", sign, r"x\leq 3", "x≤ 3"),
+        (r"\^ *(?:\{ *)?(°|'+) *\}?", r"\1", "90^{°}", "90°"),
+        (r"\\mathbb *(?:\{R\}|R)", "ℝ", r"\mathbb{R}", "ℝ"),
+        (r"ℝ ?\^\{?\+\}?", "(0,∞)", "ℝ^+", "(0,∞)"),
+        (r"ℝ ?- ?(?=\\\{)", "ℝ∖", r"ℝ-\{3\}", r"ℝ∖\{3\}"),
+        (r"\\\{ *\\\}", "∅", r"\{\}", "∅"),
+        (r"\\(?:math(?:bf|it|sf|bb)|boldsymbol|bm|underline)(?![A-Za-z])|\bnp\.", "",
+         r"\mathbf{v}", "{v}"),
+        (r"\\(?:bar|overrightarrow) *\{([A-Z](?: ?[A-Z])+)\}", r"⟪\1⟫", r"\bar{AB}", "⟪AB⟫"),
+        (r"\\Delta(?= *\{?[A-Z] ?[A-Z] ?[A-Z])", r"\\triangle", r"\Delta ABC", r"\triangle ABC"),
+        (r"\\(angle|triangle) *(?:\{([A-Z ]+)\}|([A-Z](?: ?[A-Z])*))", r"⟪\1 \2\3⟫",
+         r"\angle ABC", "⟪angle ABC⟫"),
+        (rf"\\frac *\{{ *{D}[\w ]*\}} *\{{ *{D} *\w *\}}|\bd[a-z]/d[a-z]\b", r"⟪\g<0>⟫",
+         r"\frac{dy}{dx}", r"⟪\frac{dy}{dx}⟫"),
+        (r"(?:(?<=[,;])|^) *(?:\\(?:max|min|lim)(?![A-Za-z])[^=∈]*|[A-Z]\([^()]*\)|"
+         r"\w_\{[^{}]*[⟪\\][^{}]*\}|\w\(\w\)_\{?\\?\w+ *\}?|[a-z](?::[a-z])+|"
+         r"(?:⟪\w+⟫|\w+) *[*∪∩] *(?:⟪\w+⟫|\w+)) *(?==)",
+         lambda match: f"⟪{re.sub('[⟪⟫]', '', match[0])}⟫", r"\max =6", r"⟪\max ⟫=6"),
+        (r"^[ :=≈]+|[ .,:]+$", "", "= 5.", "5"),
+    ]),
+    ("text", r"(?<![A-Za-z\\])[A-Za-z]{2}|\\(?:[thoOp{]|m(?:a|b|od))|:\d\d|[^\x00-\x7f]", [
+        (rf"(?i)(?<![A-Za-z\\-])(?:{NUMBER_NAME})(?![A-Za-z-])", lambda match: NUMBER_WORDS[
+            match[0].lower().replace(" ", "-")], "twenty-five", "25"),
+        (r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|tt)|mbox|hbox|operatorname\*?) *"
+         r"\{((?:[^{}]|\{[^{}]*\})*+)\}", r"⟪\1⟫", r"5\text{ cm}", "5⟪ cm⟫"),
+        (r"⟪ *([eid]|C(?=⟫ ?[_(])|[\W\d_]*?) *⟫", r" \1 ", "⟪17⟫", " 17 "),
+        (rf"⟪ *({'|'.join(FUNCTIONS - {'min', 'sec'})}) *⟫", r"\\\1 ", "⟪sin⟫x", r"\sin x"),
+        (r"(?i)\b(?:positive )?infinity\b|\boo\b", "∞", "infinity", "∞"),
+        (r"(?i)⟪? *(?:\b(negative|minus) )? *∞ *⟫?", lambda match: "-∞" if match[1] else "∞",
+         "⟪negative ∞⟫", "-∞"),
+        (r" *(\band\b|\bor\b|[,;]) *(?=[^⟪⟫]*⟫)", r"⟫ \1 ⟪", "⟪2 h and 5 s⟫",
+         "⟪2 h⟫ and ⟪5 s⟫"),
+        (r"⟪ *(-?\d[\d.,:/*^ ]*)", r"\1⟪", "⟪2 h⟫", "2 ⟪h⟫"),
+        (r"⟪?(USD|EUR|Rs\.?|[€£¥₹])[ ⟫]*(-? ?(?:\d[\d,.]*)?\d)", r"\2⟪\1⟫", "USD 12", "12⟪USD⟫"),
+        (r"[€£¥₹¢](?!⟫)", r"⟪\g<0>⟫", "5€", "5⟪€⟫"),
+        (r"⟪ *(?:if|when)? *⟫", "", "⟪if⟫ x>0", " x>0"),
+        (r"(?i)(:\d\d) ?⟪? ?([ap])\.? ?m\b\.?⟫?", lambda match: match[1] + f"⟪{match[2].lower()}m⟫",
+         "6:40 P.M.", "6:40⟪pm⟫"),
+        (r"° ?([CF])(?![A-Za-z])", r"⟪°\1⟫", "20° C", "20⟪°C⟫"),
+        (r"^(.*[^, (])[ ,(]*(?:⟪(?:for|where|with|for all)⟫)? *\b([a-z]) *"
+         r"(?:∈ *\{?[ZN]\}?|⟪is an integer⟫) *\)?$", integer_parameter, r"2n\pi , n ∈ {Z}",
+         r"2k\pi"),
+        (r"\(? *(?:\\[pb]?mod|⟪?\bmod\b *⟫?)(?![A-Za-z]) *\{?(\w+)\}? *\)?", r"\\mod \1",
+         r"3\pmod{7}", r"3\mod 7"),
+        (r"\\\{ *[a-z] *(?:∈ *ℝ *)?[|:](?=.*\\\})(.*?)\\\}", r"\1", r"\{x | x>2\}", " x>2"),
+        (r"^(?:⟪(?:about|approximately|[^⟪⟫]*\b(?:is|are|equals))[ :]*⟫(?=.)|"
+         r"(?:if|when|about|approximately) |[A-Za-z ]*\b(?:is|are|equals) (?=[-\d\\(]))", "",
+         "the answer is 5", "5"),
+        (r"⟪? *\band\b *⟫?", "∧", "x>1 and x<2", "x>1∧x<2"),
+        (r"⟪? *\bor\b *⟫?", "∨", "x=1 or x=2", "x=1∨x=2"),
+        (r", ?(?=[,∧∨])", "", "1, 2, ∧ 3", "1, 2∧ 3"),
+        (r"[^,;∧∨⟪⟫]+|⟪[^⟪⟫]*⟫", words_only, "Alice∧Bob", "⟪Alice⟫∧⟪Bob⟫"),
+        (r"⟪[^⟪⟫]*⟫|\\[A-Za-z]+|([\d)}] ?)?([^\W\d_]+)", bare_word, "5cm", "5⟪cm⟫"),
+        (r"(?:(?<=\d)|⟪ ?([kMm]?)⟫) *\\Omega", r"⟪\1Ω⟫", r"5⟪k⟫\Omega", "5⟪kΩ⟫"),
+        (r"\\mu *⟪", "⟪μ", r"5\mu ⟪m⟫", "5⟪μm⟫"),
+        (r"(?<![A-Za-z\\])([A-Za-z]{2,}) ?⟪", r"⟪\1 ", "9 red⟪marbles⟫", "9 ⟪red marbles⟫"),
+        (r"⟫ ?(\^ ?\{? ?-?\d ?\}?|/ ?[A-Za-z](?![A-Za-z⟪]))", r"\1⟫", "5⟪cm⟫^2", "5⟪cm^2⟫"),
+        (r"⟫ ?([/*]?) ?⟪", r" \1", "5⟪m⟫/⟪s^2⟫", "5⟪m /s^2⟫"),
+        (r"(\d ?⟪[^⟪⟫]*⟫) ?(?=\d)", r"\1∧", "5⟪ft⟫6⟪in⟫", "5⟪ft⟫∧6⟪in⟫"),
+    ]),
+    ("numbers", r"\d\D*[\d.]|\.\d|C", [
+        (r"(?<![\d.])([1-9]\d{0,2})((?: \d{3})+)(?!\d)",
+         lambda match: match[0].replace(" ", ""), "2 000 000", "2000000"),
+        # (100,200) is a pair, unless the commas between the elements are set off by blanks
+        (r"(?<![\d.,])(?:(?<![(\[{])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d|[)\]}])|(?:(?<=, )|(?=[\d,]+, ))"
+         r"[1-9]\d{0,2}(?:,\d{3})+(?!,?\d))", lambda match: match[0].replace(",", ""), "1,000",
+         "1000"),
+        (r"(?<=\d) ?\^?\{? ?⟪? ?(?:st|nd|rd|th)(?: ?⟫)?\}?(?![A-Za-z])", "", "36^{⟪th⟫}", "36"),
+        (r"(?<!\d\d)(\d*)\.(\d*)\\(?:bar|dot) *\{?(\d+)\}?", repeating, r"0.\bar{7}",
+         r"(0.+\frac{7}{9})"),
+        (r"(?<![\d.])(\d{1,9})\.(\d{0,99}?)(\d)\3\3+ ?\\dots", repeating, r"0.333\dots",
+         r"(0.+\frac{3}{9})"),
+        (r"(\d)[eE]([+-]?\d{1,9})(?![A-Za-z\d])", r"\1*10^{\2}", "1.6e-19", "1.6*10^{-19}"),
+        (r"(?<![\d.}/)^_])(\d+) (\d+) ?/ ?(\d+)(?![\d.])", r"(\1+\2/\3)", "2 1/3", "(2+1/3)"),
+        (r"(?:\{\} ?)?[_^] ?\{?(\w+)\}? ?C ?_ ?\{?(\w+)\}?", r"\\binom{\1}{\2}", "{}_5C_2",
+         r"\binom{5}{2}"),
+        (r"\bC ?_ ?(?:\{(\w+)\}|(\w)) ?\^ ?(?:\{(\w+)\}|(\w))", r"\\binom{\1\2}{\3\4}", "C_5^2",
+         r"\binom{5}{2}"),
+        (r"\bC ?\((\w+), ?(\w+)\)", r"\\binom{\1}{\2}", "C(5,2)", r"\binom{5}{2}"),
+        (r"\]([^][(),]+,[^][(),]+[\[\]])", r"(\1", "]0,1[", "(0,1["),
+        (r"([(\[][^][(),]+,[^][(),]+)\[", r"\1)", "(0,1[", "(0,1)"),
+    ]),
 ]]
 
 
 def respell(text):
     """One spelling for what is written in many."""
+    text = " ".join((last_box(text) or text).split())
     if len(text) > MAX_LENGTH:
         raise NotMath
-    text = " ".join((last_box(text) or text).translate(UNICODE).split())
-    for pattern, replacement, _, _ in SPELLING[:4]:
-        text = pattern.sub(replacement, text)
-    text = unicodedata.normalize("NFKC", text)
-    for pattern, replacement, _, _ in SPELLING[4:]:
-        text = pattern.sub(replacement, text)
-    return join_thousands(text)
+    for _, needed, rules in SPELLING:
+        if needed.search(text):
+            for pattern, replacement, _, _ in rules:
+                text = pattern.sub(replacement, text)
+    return " ".join(text.split())
 
 
 # ---------------------------------------------------------------------------------------------
 # Maths: from text to a tree
 #
-# A tree is nested tuples, the first item its kind:
-#   ("num", Fraction, places)   places: digits after the point, None for an integer as written
-#   ("sym", name)  ("inf", sign)  ("text", words)
-#   ("+", items)  ("*", items)  ("/", a, b)  ("^", a, b)  ("call", function, arguments)
-#   ("seq", opening, closing, items)   tuples and intervals; sets and bare lists have opening "{"
-#   ("union", items)  ("matrix", rows)  ("rel", operators, sides)  ("unit", tree, unit)
-#   ("based", digits, base)  ("ratio", text)
+# A leaf: ("num", Fraction)  ("decimal", Fraction, digits after the point)  ("sym", name)
+#   ("inf", sign)  ("text", words)  ("based", digits, base)
+# A node has its kind and then its parts as a list. Of what has a value: "+", "*", "^" and functions
+# by name. Of structures: "list", "set", "union", "meet", "minus"; by their brackets tuples and
+# intervals; "matrix" and its "row"; ":" for a ratio; ("relation", sides, signs, names: the sides as
+# they are written); ("quantity", [tree], unit).
+
+# What binds least comes first. What binds more than these is a function of Parser each, in this
+# order: quantity (a unit at the end), sum, product, factor (^ ! % °), base.
+LEVELS = [("list", ",;"), ("or", "∨"), ("and", "∧"), 
+          ("relation", "=<>≤≥≠≈∈"), ("minus", "∖"), ("union", "∪"), ("meet", "∩"), (":", ":")]
+BINDS = {sign: level for level, (_, signs) in enumerate(LEVELS) for sign in signs}
+SUM_SIGNS = set("+-±∓")
+ENDS = {"", "&", "\\\\", "\\end", *")]}⟩", "\\}", "\\rfloor", "\\rceil", *SUM_SIGNS, *BINDS}
 
 
-def tokenize(text):
-    """Text in one spelling to tokens; "⟪words" is a run of plain words. Letters stand alone
-    unless they are the name of a function, a unit or a word that no product of letters is."""
-    tokens = []
-    for token in TOKEN.findall(text):
-        if token.isspace():
-            continue
-        if token[0] == "⟪":
-            token = "⟪" + token[1:-1].strip()
-        elif token.isalpha() and token.isascii() and len(token) > 1:
-            if token in FUNCTIONS or token in GREEK:
-                token = "\\" + token
-            elif token.lower() in UNITS or token.lower() in SCALES or len(token) > 3:
-                token = "⟪" + token
-            else:
-                tokens.extend(token)
-                continue
-        if token[0] == "⟪" and tokens and tokens[-1][0] == "⟪":
-            tokens[-1] += " " + token[1:]
-        else:
-            tokens.append(token)
-    return tokens
-
-
-def is_word(text):
-    """Plain words rather than a product of variables: xy and abc are products, cat is not."""
-    if not re.fullmatch(r"[A-Za-z][A-Za-z\s'.⟪⟫-]*", text):
-        return False
-    words = re.findall("[A-Za-z]+", text)
-    if re.fullmatch(r"[A-Z]{2,}\s*", text):  # HTH, SAS, XIV
-        return True
-    return any(len(word) > 1 and word not in FUNCTIONS and word not in GREEK
-               and not set(word) <= set("abcxyz") and set(word.lower()) & set("aeiou")
-               or len(word) > 3 for word in words)
-
-
-def parse(text):
-    """The tree of an answer; raises NotMath where it has none."""
+def parse(text, unit_letters=False):
+    """The tree of an answer; raises NotMath where it has none. With unit_letters the m of 5m and
+    9 m/s are metres and no variable."""
     text = respell(text)
-    if len(text) > MAX_LENGTH:
-        raise NotMath
-    if re.fullmatch(r"(?i)\s*\d+(?:\s*:\s*\d+)+\s*(?:[ap]\.?\s?m\.?|⟪[ap]\.?\s?m\.?⟫)?\s*", text):
-        return ("ratio", re.sub(r"[\s.⟪⟫]", "", text).lower())
-    if is_word(text):
-        return text_tree(text)
+    if unit_letters:
+        text = UNIT_LETTERS.sub(r"⟪\1⟫", text)
     if match := BASED.fullmatch(text):
-        return ("based", match[1].lower(), BASE_NAMES.get(match[2], match[2]))
-    return Parser(tokenize(text)).sequence()
+        if re.search(r"\d", match[1]) or match[1].isupper() and len(match[1]) > 1:
+            return ("based", match[1].lower(), match[2])
+    parser = Parser(TOKEN.findall(text))
+    tree = parser.level()
+    parser.expect("")
+    return tree
 
 
 class Parser:
-    """Recursive descent over tokens[i:end]. A bracket's partner is known beforehand, so what is
-    inside one is parsed as a window of its own."""
+    """Recursive descent; self.i is the next token."""
 
     def __init__(self, tokens):
-        self.tokens, self.i, self.end = tokens, 0, len(tokens)
-        self.partner, stack = {}, []
-        for i, token in enumerate(tokens):
-            if token in CLOSING:
-                stack.append(i)
-                if len(stack) > MAX_DEPTH:
-                    raise NotMath
-            elif token in CLOSERS:
-                if not stack or token not in CLOSING[tokens[stack[-1]]]:
-                    raise NotMath
-                self.partner[stack.pop()] = i
-        if stack:
-            raise NotMath
+        self.tokens, self.i, self.bars = tokens, 0, 0
 
     def peek(self):
-        return self.tokens[self.i] if self.i < self.end else ""
+        return self.tokens[self.i] if self.i < len(self.tokens) else ""
 
     def take(self, *wanted):
+        """The next token, if it is one of those wanted; else an empty text."""
         token = self.peek()
-        if token and (not wanted or token in wanted):
-            self.i += 1
-            return token
-        return None
+        if wanted and token not in wanted:
+            return ""
+        self.i += 1
+        return token
 
-    def window(self, start, end, method):
-        """method's tree of tokens[start:end], all of it."""
-        outer, (self.i, self.end) = (self.i, self.end), (start, end)
-        tree = method()
-        if self.i != self.end:
+    def expect(self, *wanted):
+        token = self.peek()
+        if token not in wanted:
             raise NotMath
-        self.i, self.end = outer
+        self.i += 1
+        return token
+
+    def source(self, start):
+        """The text since a token, without braces: the name of a symbol or a side."""
+        return re.sub(r"[{}\s]|\([a-z]\)$", "", "".join(self.tokens[start:self.i]))
+
+    def level(self, least=0):
+        """What the signs of LEVELS join, from one of them on."""
+        start, tree = self.i, self.quantity()
+        while (level := BINDS.get(self.peek(), -1)) >= least:
+            kind, joining = LEVELS[level]
+            items, signs, names = [tree], [], [self.source(start)]
+            while self.peek() and self.peek() in joining:
+                signs.append(self.take())
+                begin = self.i
+                items.append(self.level(level + 1))
+                names.append(self.source(begin))
+            tree = (kind, items)
+            if kind == "relation":
+                tree = ("union", items[-1:]) if "∈" in signs else (kind, items, signs, names)
         return tree
-
-    def split(self, *separators):
-        """The windows between separators outside of brackets, and the separators."""
-        windows, found, start, i = [], [], self.i, self.i
-        while i < self.end:
-            if self.tokens[i] in separators:
-                windows.append((start, i))
-                found.append(self.tokens[i])
-                start = i + 1
-            i = self.partner.get(i, i) + 1
-        self.i = self.end
-        return windows + [(start, self.end)], found
-
-    def sequence(self):
-        """a, b, c: a bare list, whose order does not matter; or the one element."""
-        windows, _ = self.split(",")
-        items = [tree for window in windows for tree in self.alternatives(*window)]
-        return items[0] if len(items) == 1 else ("seq", "{", "}", items)
-
-    def alternatives(self, start, end):
-        """Every reading of an element with plus-minus signs in it: each has its own sign, unless
-        a minus-plus sign ties them together."""
-        signs, i = [], start
-        while i < end:  # those in the braces of a set are its elements' own
-            if self.tokens[i] in ("\\pm", "\\mp"):
-                signs.append(i)
-            i = self.partner[i] + 1 if self.tokens[i] == "\\{" else i + 1
-        if not signs:
-            return [self.window(start, end, self.relation)]
-        trees, written = [], [self.tokens[i] for i in signs]
-        if "\\mp" in written:
-            readings = [["+" if sign == plus else "-" for sign in written]
-                        for plus in ("\\pm", "\\mp")]
-        else:
-            readings = itertools.product("+-", repeat=min(len(signs), 5))
-        tokens = self.tokens
-        for reading in readings:
-            self.tokens = tokens[:]
-            for i, sign in zip(signs, reading, strict=True):  # too many signs: ValueError
-                self.tokens[i] = sign
-            trees.append(self.window(start, end, self.relation))
-        self.tokens = tokens
-        return trees
-
-    def relation(self):
-        """x = 5, 1 < x ≤ 2, x ∈ S; a union of sets; or a quantity."""
-        windows, operators = self.split(*RELATIONS)
-        sides = [self.window(*window, self.side) for window in windows]
-        if operators == ["∈"]:
-            return sides[1]
-        return ("rel", operators, sides) if operators else sides[0]
-
-    def side(self):
-        windows, operators = self.split("∪", ":")
-        items = [self.window(*window, self.quantity) for window in windows]
-        if not operators:
-            return items[0]
-        if set(operators) == {":"}:
-            return ("seq", ":", ":", items)
-        if set(operators) == {"∪"}:
-            return ("union", items)
-        raise NotMath
 
     def quantity(self):
-        """An expression with its unit or scale word, if it has one."""
-        start, end = self.i, self.end
-        if start == end:
-            raise NotMath
-        first = next((i for i in range(start, end) if self.tokens[i][0] == "⟪"
-                      or self.tokens[i] in "%°¢"), end)
-        if first == start and all(token[0] == "⟪" for token in self.tokens[start:end]):
-            self.i = end
-            return text_tree(self.tokens[start])
-        rest = self.tokens[first:end]
-        angle = any(token[1:] in ANGLE_FUNCTIONS for token in self.tokens[start:first])
-        if first in (start, end) or angle or not all(
-                token[0] == "⟪" or token in "^{}/()*%°¢.-$23" for token in rest):
-            return self.expression()
-        tree = self.window(start, first, self.expression)
-        self.i = end
-        words = "".join(rest).replace("⟪", " ").split()
-        while words and words[0].lower() in SCALES:
-            tree = ("*", [tree, ("num", Fraction(SCALES[words.pop(0).lower()]), None)])
-        return ("unit", tree, canonical_unit(" ".join(words))) if words else tree
+        """Words, or an expression with its unit if it has one."""
+        if self.peek()[:1] == "⟪":
+            return text_tree(self.take())
+        tree = self.sum()
+        if self.peek()[:1] != "⟪":
+            return tree
+        words = self.take()[1:-1]
+        if tree[0] == "quantity":  # 20% loss
+            return ("quantity", tree[1], f"{tree[2]} {words}")
+        return ("quantity", [tree], words)
 
-    def expression(self):
-        """A sum of products."""
-        items = []
-        while self.i < self.end and (not items or self.peek() in "+-"):
-            negative = False
-            while self.peek() in ("+", "-"):
-                negative ^= self.take() == "-"
-            term = self.term()
-            items.append(negated(term) if negative else term)
-        if not items:
-            raise NotMath
+    def sum(self):
+        items = [self.signed(self.product)]
+        while self.peek() in SUM_SIGNS:
+            items.append(self.signed(self.product))
         return items[0] if len(items) == 1 else ("+", items)
 
-    def term(self):
-        """A product; the sign of multiplication may be left out, except between two numbers."""
-        tree = self.factor()
-        while self.i < self.end and self.peek() not in "+-":
-            if self.take("/"):
-                tree = ("/", tree, self.signed_factor())
-            elif self.take("*"):
-                tree = product(tree, self.signed_factor())
-            else:
-                if self.peek()[0].isdigit() and self.tokens[self.i - 1][0].isdigit():
-                    raise NotMath
-                tree = product(tree, self.factor())
-        return tree
+    def signed(self, unsigned):
+        """Plus-minus is a variable, whose values are 1 and -1: each sign its own, unless a
+        minus-plus sign ties them together."""
+        sign = self.take(*SUM_SIGNS)
+        if not sign:
+            return unsigned()
+        tree = self.signed(unsigned)
+        if sign in "±∓":
+            tree = times(("sym", "±" if "∓" in self.tokens else f"±{self.i}"), tree)
+        return negated(tree) if sign in "-∓" else tree
 
-    def signed_factor(self):
-        return negated(self.signed_factor()) if self.take("-") else self.factor()
+    def product(self):
+        """The sign of multiplication may be left out, except between two numbers."""
+        tree = self.factor()
+        while (token := self.peek()) not in ENDS and token[0] != "⟪" and not (
+                token == "|" and self.bars):
+            if self.take("/"):
+                tree = times(tree, ("^", [self.signed(self.factor), MINUS_ONE]))
+            elif self.take("*"):
+                tree = times(tree, self.signed(self.factor))
+            elif token[0].isdigit() and self.tokens[self.i - 1][0].isdigit():
+                raise NotMath
+            else:
+                tree = times(tree, self.factor())
+        return tree
 
     def factor(self):
         """A base with what is written behind it: power, factorial, percent, degrees."""
         tree = self.base()
-        while True:
-            if self.take("^"):
-                tree = ("^", tree, self.argument(whole_number=True))
-            elif self.take("!"):
-                tree = ("call", "factorial2" if self.take("!") else "factorial", [tree])
-            elif self.take("°"):
-                tree = ("call", "degrees", [tree])
-            elif self.take("%"):
-                tree = ("/", tree, HUNDRED)
+        while sign := self.take("^", "!", "°", "%"):
+            if sign == "^":
+                tree = ("^", [tree, self.argument(whole_number=True)])
+            elif sign == "!":
+                tree = ("factorial2" if self.take("!") else "factorial", [tree])
             else:
-                return tree
+                tree = ("quantity", [tree], sign)
+        return tree
 
     def base(self):
-        """What a power or a product is made of: a number, group, |x|, symbol or function."""
+        """What a power or a product is made of: a number, group, symbol or function."""
         token = self.take()
-        if token is None:
-            raise NotMath
-        if token[0].isdigit() or token[0] == "." and len(token) > 1:
-            return self.mixed_number(number(token))
+        name = token.removeprefix("\\")
+        if token[:1].isdigit() or token[:1] == "." and len(token) > 1:
+            return self.number(token)
         if token in CLOSING:
             return self.group(token)
-        if token == "|":
-            end = next((i for i in range(self.i, self.end) if self.tokens[i] == "|"), None)
-            if end is None:
-                raise NotMath
-            tree = self.window(self.i, end, self.expression)
-            self.i = end + 1
-            return ("call", "abs", [tree])
-        if token == "∞":
-            return ("inf", 1)
-        if token == "∅":
-            return ("seq", "{", "}", [])
-        if token.isalpha() or token[0] == "\\" and token[1:] in GREEK:
-            name = token.removeprefix("\\") + self.subscript()
+        if token in SETS:
+            return SETS[token]
+        if token == "\\begin":
+            return self.matrix()
+        if token.isalpha() or name in GREEK | ACCENTS:
+            start = self.i - 1
+            if name in ACCENTS:
+                self.base()
+            if self.take("_"):
+                self.argument(whole_number=True)
             while self.take("'"):
-                name += "'"
-            return ("sym", name)
-        if token[0] == "\\" and token[1:] in FUNCTIONS:
-            return self.function(token[1:])
+                pass
+            if self.tokens[self.i:self.i + 3:2] == ["(", ")"] and self.tokens[self.i + 1].isdigit():
+                self.i += 3  # f(0)
+            return ("sym", self.source(start).removeprefix("\\").replace("c_", "C_"))
+        if name in FUNCTIONS:
+            return self.function(name)
         raise NotMath
 
-    def mixed_number(self, tree):
-        """2\\frac{1}{3} is 2 + 1/3."""
-        if tree[2] is None and self.peek() == "\\frac":
-            start, tokens = self.i, self.tokens
+    def number(self, token):
+        """A decimal, or a whole number, perhaps mixed: 2\\frac{1}{3} is 2 + 1/3."""
+        if "." in token:
+            return ("decimal", Fraction(token.rstrip(".")), len(token.partition(".")[2]))
+        if self.peek() == "\\frac":
+            start = self.i
             match self.base():
-                case ("call", "frac", [("num", a, None), ("num", b, None)]) if a < b:
-                    return ("num", tree[1] + a / b, None)
-            self.i, self.tokens = start, tokens
-        return tree
-
-    def subscript(self):
-        if not self.take("_"):
-            return ""
-        if self.peek() == "{":
-            end = self.partner[self.i]
-            name = "".join(self.tokens[self.i + 1:end])
-            self.i = end + 1
-            return "_" + name.replace("⟪", "")
-        return "_" + (self.take() or "")
+                case ("*", [("num", a), ("^", [("num", b), _])]) if a < b:
+                    return ("num", int(token) + a / b)
+            self.i = start
+        return ("num", Fraction(token))
 
     def group(self, opening):
-        """What a bracket holds: a plain group, a tuple or interval, a set, a matrix."""
-        start, end = self.i, self.partner[self.i - 1]
-        closing, self.i = self.tokens[end], end + 1
-        if opening == "\\begin":
-            return self.matrix(start, end)
-        if opening in ("\\lfloor", "\\lceil"):
-            return ("call", opening.removeprefix("\\l"), [self.window(start, end, self.expression)])
-        tree = self.window(start, end, self.sequence)
+        """What a bracket holds: a plain group, |x|, a tuple or interval, a set."""
+        self.bars += opening == "|"
+        tree = self.level()
+        closing = self.expect(*CLOSING[opening])
+        self.bars -= opening == "|"
+        if opening == "{":
+            return tree
         if opening == "\\{":
-            return tree if tree[:2] == ("seq", "{") else ("seq", "{", "}", [tree])
-        if tree[:2] == ("seq", "{"):
-            if opening == "{":
-                return tree
-            opening, closing = opening.replace("⟨", "("), closing.replace("⟩", ")")
-            return ("seq", opening, closing, tree[3])
-        if tree[0] in ("text", "rel", "union") or opening + closing not in ("()", "[]", "{}"):
+            return ("set", tree[1] if tree[0] == "list" else [tree])
+        if opening in ROUNDING:
+            return (ROUNDING[opening], [tree])
+        if tree[0] == "list":
+            return ((opening + closing).replace("⟨", "(").replace("⟩", ")"), tree[1])
+        if tree[0] in ("text", "relation") or opening + closing not in ("()", "[]"):
             raise NotMath
         return tree
 
-    def matrix(self, start, end):
-        """\\begin{pmatrix} a & b \\\\ c & d \\end{pmatrix}"""
-        name_end = self.partner.get(start)
-        if name_end is None or self.partner.get(end + 1) is None:
-            raise NotMath
-        name = "".join(self.tokens[start + 1:name_end]).strip("⟪")
-        self.i = self.partner[end + 1] + 1
-        start = name_end + 1
-        if name == "array" and start in self.partner:  # its column format
-            start = self.partner[start] + 1
-        elif name not in ("matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "cases"):
-            raise NotMath
-        rows = self.window(start, end, self.rows)
-        if name == "cases" and all(len(row) == 1 for row in rows):  # a system of equations
-            return ("seq", "{", "}", [row[0] for row in rows])
-        return ("matrix", rows)
-
-    def rows(self):
-        rows, _ = self.split("\\\\")
-        return [self.window(start, end, self.cells) for start, end in rows if start != end]
-
-    def cells(self):
-        windows, _ = self.split("&")
-        return [self.window(*window, self.relation) for window in windows]
+    def matrix(self):
+        """\\begin{pmatrix} a & b \\\\ c & d \\end{pmatrix}; a determinant is worked out."""
+        name, rows, sign = self.take()[1:-1], [[]], "&"
+        while sign != "\\end":
+            if sign == "\\\\":
+                rows.append([])
+            if self.peek() != "\\end":  # behind the last line's end
+                rows[-1].append(self.level())
+            sign = self.expect("&", "\\\\", "\\end")
+        self.take()
+        rows = [("row", row) for row in rows if row]
+        if name == "cases" and all(len(row) == 1 for _, row in rows):  # a system of equations
+            return ("list", [row[0] for _, row in rows])
+        return determinant(rows) if name == "vmatrix" else ("matrix", rows)
 
     def argument(self, whole_number=False):
         """What a command takes: a group, or one digit, letter or command. A power in plain text
         takes the whole number: 2^10."""
         token = self.peek()
         if token == "-":
-            return self.signed_factor()
+            return self.signed(self.factor)
         if token.isdigit() and len(token) > 1 and not whole_number:
-            self.tokens = self.tokens[:]
-            self.tokens[self.i] = token[1:]
-            return ("num", Fraction(token[0]), None)
-        return self.base()
+            self.tokens[self.i:self.i + 1] = [token[0], token[1:]]
+        return self.number(self.take()) if token.isdigit() else self.base()
 
     def function(self, name):
         """\\frac, \\sqrt[n] and \\log_2, \\sin^2 x, \\sin^{-1}, ... after their name."""
-        if name in ("frac", "binom"):
-            return ("call", name, [self.argument(), self.argument()])
+        if name == "frac":
+            return times(self.argument(), ("^", [self.argument(), MINUS_ONE]))
+        if name == "det":
+            return determinant(self.base()[1])
+        if name == "binom":
+            return (name, [self.argument(), self.argument()])
         if name == "sqrt":
-            root = ("num", Fraction(2), None)
-            if self.peek() == "[":
-                end = self.partner[self.i]
-                root = self.window(self.i + 1, end, self.expression)
-                self.i = end + 1
-            return ("call", "root", [self.argument(whole_number=True), root])
+            exponent = HALF
+            if self.take("["):
+                exponent = ("^", [self.sum(), MINUS_ONE])
+                self.expect("]")
+            return ("^", [self.argument(whole_number=True), exponent])
         base = power = None
-        while self.peek() in ("_", "^"):
-            if self.take() == "_":
-                base = self.argument(whole_number=True)
+        while sign := self.take("_", "^"):
+            if sign == "_":
+                base = self.level() if self.take("{") else self.argument(whole_number=True)
+                self.take("}")
             else:
                 power = self.argument(whole_number=True)
-        if power == ("num", Fraction(-1), None) and name in TRIGONOMETRIC:
+        if name in ("sum", "prod"):
+            match base:
+                case ("relation", [("sym", index), first], ["="], _) if power:
+                    return (name, [self.product(), ("sym", index), first, power])
+            raise NotMath
+        if power == MINUS_ONE and name in TRIGONOMETRIC:
             name, power = "arc" + name, None
         arguments = self.arguments()
-        if base is not None:
-            arguments, name = arguments + [base], {"log": "log_b"}.get(name, "")
-        tree = ("call", name, arguments)
-        return ("^", tree, power) if power is not None else tree
+        if base:
+            if name != "log":
+                raise NotMath
+            arguments.append(base)
+        return ("^", [(name, arguments), power]) if power else (name, arguments)
 
     def arguments(self):
         """\\sin(x), \\sin 2x, \\sin\\frac{x}{2}, \\gcd(a, b)"""
-        if self.peek() in ("(", "{", "[", "\\{"):
+        if self.peek() in CLOSING:
             tree = self.base()
-            if tree[0] == "seq":
-                return tree[3]
+            if tree[0] in STRUCTURES:
+                return tree[1]
             if self.peek() == "^":  # \\ln (x)^2 is read as it is printed
                 raise NotMath
             return [tree]
         tree = self.factor()
-        while (self.i < self.end and self.peek() not in ("+", "-", "*", "|", "/")
-               and self.peek()[1:] not in ANGLE_FUNCTIONS and self.peek()[0] != "("):
-            tree = product(tree, self.factor())
+        while (token := self.peek()) not in ENDS and token not in ("*", "|", "/", "(") and (
+                token[1:] not in ANGLE_FUNCTIONS and token[0] != "⟪"):
+            tree = times(tree, self.factor())
         if not symbols(tree) and self.take("/"):
-            tree = ("/", tree, self.factor())
+            tree = times(tree, ("^", [self.factor(), MINUS_ONE]))
         return [tree]
 
 
-def number(token):
-    mantissa, _, exponent = token.lower().partition("e")
-    if len(token) > 1000 and exponent or len(exponent) > 4:
-        raise NotMath
-    places = len(mantissa.partition(".")[2]) if "." in mantissa else None
-    value = Fraction(mantissa.rstrip("."))
-    if exponent:
-        value *= Fraction(10) ** int(exponent)
-        places = (places or 0) - int(exponent)
-    return ("num", value, places)
-
-
-def negated(tree):
-    match tree:
-        case ("num", value, places):
-            return ("num", -value, places)
-        case ("inf", sign):
-            return ("inf", -sign)
-    return product(("num", Fraction(-1), None), tree)
-
-
-def product(a, b):
-    if b[0] == "matrix":
-        return ("matrix", [[product(a, cell) for cell in row] for row in b[1]])
+def times(a, b):
+    """The product of two trees: a matrix by its elements, a quantity's unit kept outside."""
+    if b[0] in ("matrix", "row"):
+        return (b[0], [times(a, item) for item in b[1]])
+    if b[0] == "quantity":
+        return ("quantity", [times(a, b[1][0])], b[2])
     return ("*", [*(a[1] if a[0] == "*" else [a]), b])
 
 
-def canonical_unit(words):
-    """cm^2, square centimetres, sq. cm: one name; "?" for a word that is no unit known here."""
-    words = words.lower().replace("squared", "^2").replace("cubed", "^3")
-    if time_of_day := re.search(r"\b[ap]\.?\s?m\b|noon|midnight", words):
-        return squash(time_of_day[0])
-    power = {"square": "2", "sq": "2", "cubic": "3"}
-    names, suffix = [], ""
-    for word in re.findall(r"[a-z]+|[°%¢]|\d|/", words):
-        if word in power:
-            suffix = power[word]
-        elif word.isdigit():
-            suffix = word
-        else:
-            names.append(UNITS.get(word, "?"))
-    return "?" if "?" in names else "".join(names) + suffix
+def negated(tree):
+    if tree[0] in ("num", "decimal", "inf"):
+        return (tree[0], -tree[1], *tree[2:])
+    return times(MINUS_ONE, tree)
 
 
-def symbols(tree):
-    """Names of the variables in a tree; e, i and pi are none."""
-    if isinstance(tree, tuple) and tree[0] == "sym":
-        return {tree[1]} - CONSTANTS
-    return set().union(*map(symbols, tree)) if isinstance(tree, (tuple, list)) else set()
+def difference(a, b):
+    return ("+", [a, negated(b)])
 
 
-def has_decimals(tree):
-    if isinstance(tree, tuple) and tree[0] == "num":
-        return tree[2] is not None
-    return isinstance(tree, (tuple, list)) and any(map(has_decimals, tree))
+def determinant(rows):
+    (_, (a, b)), (_, (c, d)) = rows
+    return difference(times(a, d), times(b, c))
 
 
-def decimal_places(tree):
-    """Digits after the point of a decimal, scientific notation included; None if it is none."""
-    match tree:
-        case ("num", _, places):
-            return places
-        case ("*", [("num", _, places), ("^", ("num", Fraction(numerator=10), None),
-                                         ("num", exponent, None))]) if exponent.denominator == 1:
-            return (places or 0) - int(exponent)
-        case ("*", [("num", value, None), ("num", _, int(places))]) if value == -1:
-            return places
-    return None
+def parts(tree):
+    return tree[1] if isinstance(tree[1], list) else []
 
 
-def text_tree(text):
-    text = squash(text)
+def rebuilt(tree, change):
+    """A node with changed parts; a leaf as it is."""
+    return (tree[0], [change(part) for part in parts(tree)], *tree[2:]) if parts(tree) else tree
+
+
+def substituted(tree, values):
+    if tree[0] == "sym":
+        return values.get(tree[1], tree)
+    return rebuilt(tree, lambda part: substituted(part, values))
+
+
+def leaves(tree):
+    """The kinds of nodes and leaves in a tree, and the names of its symbols."""
+    own = {tree[0], tree[1]} if tree[0] == "sym" else {tree[0]}
+    return own.union(*map(leaves, parts(tree)))
+
+
+def symbols(*trees):
+    """Names of the variables in trees; e, i and pi are none, nor what a sum counts with."""
+    names = set()
+    for tree in trees:
+        names |= {tree[1]} if tree[0] == "sym" else symbols(*parts(tree))
+        if tree[0] in ("sum", "prod"):
+            names.discard(tree[1][1][1])
+    return names - CONSTANTS.keys()
+
+
+def text_tree(token):
+    text = squash(token)
     if re.fullmatch("(?:there(?:is|are))?no(?:real|integer)?solutions?", text):
-        return ("seq", "{", "}", [])
-    if re.fullmatch("all(?:the)?real(?:number)?s?|realnumbers|allrealnumbers", text):
-        return ("seq", "(", ")", [("inf", -1), ("inf", 1)])
-    return ("text", text)
+        return SETS["∅"]
+    if re.fullmatch("all(?:the)?real(?:number)?s?|realnumbers", text):
+        return SETS["ℝ"]
+    return ("text", re.sub("^(?:the)?(?:limit)?do(?:es)?n[o']texist$", "dne", text))
 
 
 def squash(text):
     """Words without case, blanks, punctuation and a leading article."""
-    return re.sub(r"^\W*(?:an?|the)\s|[\W_]", "", text.lower())
+    text = re.sub(r"^\W*(?:an?|the)\s+(?=\w\w)", "", text.lower())
+    return re.sub(r"(?<=[a-z])-(?=[a-z])|[\s⟪⟫.,;:!?()\"_]", "", text)
+
+
+# ---------------------------------------------------------------------------------------------
+# Maths: units
+
+
+def known_unit(name):
+    """A unit's factor and the powers of base units in it, of km 1000 and {"m": 1}; or None."""
+    for i in range(len(name)):
+        prefix, rest = f"{name[:i]}-", name[i:]
+        for spelled in (rest, rest.lower(), rest.lower().removesuffix("s") * (len(rest) > 3)):
+            if prefix in UNITS and spelled in UNITS:
+                return UNITS[prefix][0] * UNITS[spelled][0], UNITS[spelled][1]
+    return None
+
+
+def unit(text):
+    """km/h, square feet, red apples: the factor to base units, their powers, the other words."""
+    factor, powers, words, side, power = Fraction(1), collections.Counter(), [], 1, 1
+    text = text.replace("squared", "^2").replace("cubed", "^3")
+    text = TEMPERATURE.sub(lambda match: "celsius" if match[1] else "fahrenheit", text)
+    for name, exponent in UNIT_WORD.findall(text):
+        if name in ("/", "per"):
+            side = -1
+        elif name.lower() in POWER_WORDS:
+            power = POWER_WORDS[name.lower()]
+        elif known := known_unit(name):
+            times, power = side * int(exponent or power), 1
+            factor *= known[0] ** times
+            for base in known[1]:
+                powers[base] += times * known[1][base]
+        else:
+            words.append(name.lower().removesuffix("s"))
+    return factor, {base: n for base, n in powers.items() if n}, words
+
+
+for line in UNIT_TABLE.strip().splitlines():
+    names, _, meaning = line.partition("=")
+    factor, _, meaning = meaning.strip().partition(" ")
+    more, powers, _ = unit(meaning)
+    UNITS |= {name: (Fraction(factor or 1) * more, powers if factor else {names.split()[0]: 1})
+              for name in names.split()}
+
+
+def same_quantity(a, b):
+    """One of the two has a unit. If both have, the units must be of one kind, the words the same; a
+    unit that is not there is any; 25% and 60° without the sign are 25 or 1/4, 60 or pi/3."""
+    (x, (factor, powers, words)), (y, (other, others, those)) = (
+        (tree[1][0], unit(tree[2])) if tree[0] == "quantity" else (tree, (1, {}, []))
+        for tree in (a, b))
+    if (powers or words) and (others or those):
+        if {*powers, *others} == {"°", "rad"} and not words + those:
+            return same_value(a, b)
+        agree = powers == others and (not words or not those or words == those)
+        return agree and same(x if factor == other else times(("num", factor / other), x), y)
+    return same(x, y) or same_value(a, b)
+
+
+def added(items):
+    """5 hours and 30 minutes are one quantity; None where it is several."""
+    units = [unit(item[2]) if item[0] == "quantity" else (1, {}, {""}) for item in items]
+    factors = [factor for factor, _, _ in units]
+    if len(set(factors)) < len(items) or any(words or powers != units[0][1]
+                                             for _, powers, words in units):
+        return None
+    return ("quantity", [("+", [times(("num", factor / factors[0]), item[1][0])
+                                for item, factor in zip(items, factors, strict=True)])], items[0][2])
+
+
+# ---------------------------------------------------------------------------------------------
+# Maths: what a tree says
+
+
+def canonical(tree):
+    """A tree without what does not matter to the answer: plus-minus signs and equations with a
+    solution are read, lists flat."""
+    match tree:
+        case ("list" | "or" | "and" as kind, items):
+            return joined(kind, elements(items))
+        case ("set", items):
+            return ("set", elements(items))
+        case ("relation", sides, signs, names) if set(signs) <= {"=", "≈"}:
+            return equation([canonical(side) for side in sides], signs, names)
+        case ("relation", sides, signs, names):
+            sides = [("sym", name) if NAME.fullmatch(name) else side
+                     for name, side in zip(names, sides, strict=True)]
+            if set(signs) <= {">", "≥"}:
+                sides, signs = sides[::-1], ["<" if sign == ">" else "≤" for sign in signs[::-1]]
+            return ("relation", sides, signs)
+    return rebuilt(tree, canonical) if tree[0] in STRUCTURES else tree
+
+
+def elements(items):
+    """The elements of a list, each with every reading of its plus-minus signs."""
+    found = []
+    for item in items:
+        if item[0] in ("list", "or", "and") and "relation" not in leaves(item):
+            found += elements(item[1])
+            continue
+        free = sorted(name for name in symbols(item) if name[0] == "±" and item[0] != "set")
+        if len(free) > 5:
+            raise NotMath
+        for signs in itertools.product((ONE, MINUS_ONE), repeat=len(free)):
+            found.append(canonical(substituted(item, dict(zip(free, signs, strict=True)))))
+    return found
+
+
+def joined(kind, items):
+    """A list: of conditions, of parts of one quantity, of solutions by name, or as it is."""
+    if len(items) == 1:
+        return items[0]
+    if any(item[0] in REGIONS for item in items):
+        # x>1, x≠2 are conditions at once, unless nothing meets both, as x<1, x>2
+        if kind == "or" or kind == "list" and same_region(("meet", items), SETS["∅"]):
+            return ("union", items)
+        return ("meet", items)
+    if kind == "and" and (quantity := added(items)):
+        return quantity
+    if items and all(item[0] == "named" for item in items):
+        return solutions(items)
+    return ("list", items)
+
+
+def solutions(items):
+    """x=1 or x=2 are a set; x=1, y=2 a point, by the order of the names; and several of these."""
+    points = []
+    for _, values, name in items:
+        name = re.sub(r"^x_\d$", "x", name)  # roots have no order
+        if not points or name in points[-1]:
+            points.append({})
+        points[-1][name] = ("named", values, name)
+    if len(points[0]) == 1:
+        return ("set", [values[0] for _, values, _ in items])
+    return joined("list", [("()", [point[name] for name in sorted(point)]) for point in points])
+
+
+def equation(sides, signs, names):
+    """x = 5 is 5 by its name; of several sides the last counts, if all that have a value agree; an
+    equation that is not solved is the difference of its sides."""
+    if NAME.fullmatch(names[-1]) and not NAME.fullmatch(names[0]):
+        sides, signs, names = sides[::-1], signs[::-1], names[::-1]
+    named = NAME.fullmatch(names[0])
+    *before, last = sides[1:] if named else sides
+    if not named and len(before) == 1 and symbols(*sides):
+        return ("equation", [difference(*sides)])
+    if any(side[0] != "text" and (symbols(last) or not symbols(side)) and not same(side, last)
+           for side in before):
+        raise NotMath
+    if before and signs[-1] == "≈":  # 1/3 ≈ 0.333
+        last = before[-1]
+    return ("named", [last], names[0]) if named else last
 
 
 # ---------------------------------------------------------------------------------------------
 # Maths: the value of a tree
 
 
-def bounded(value):
-    if value.numerator.bit_length() + value.denominator.bit_length() > MAX_BITS:
-        raise TooBig
-    return value
+WORK = threading.local()  # of this thread: mp, mpmath's numbers; what is left to work out, each number
+# of more digits counted more; bits that the numbers met need; whether they are to be real; the
+# base of a log without one, 0 for e
 
 
-def fold(tree, values):
-    """The tree with its variables put in and everything that is rational worked out exactly: a
-    Fraction, or a tree over Fractions. TooBig beyond MAX_BITS."""
+def begin_work():
+    if not hasattr(WORK, "mp"):
+        import mpmath
+        WORK.mp = mpmath.MPContext()
+    WORK.left, WORK.needed, WORK.real, WORK.log = MAX_WORK, 0, False, 0
+
+
+def spent(number):
+    """A number, after it was paid for. NotMath where it is too large or the work too long."""
+    WORK.left -= (1 + WORK.mp.dps // 64) ** 2
+    bits = abs(WORK.mp.mag(number)) if number else 0
+    WORK.needed = max(WORK.needed, bits)
+    if not bits <= MAX_BITS or WORK.left < 0 or WORK.real and number.imag != 0:
+        raise NotMath
+    return number
+
+
+def value(tree, known):
+    """A tree's value, where `known` has those of its variables."""
+    mp = WORK.mp
     match tree:
-        case Fraction():
-            return tree
-        case ("num", value, _):
-            return bounded(value)
-        case ("sym", name):
-            return values.get(name, tree)
-        case ("+" | "*" as kind, items):
-            total, rest = Fraction(kind == "*"), []
-            for item in (fold(item, values) for item in items):
-                if isinstance(item, Fraction):
-                    total = bounded(total + item if kind == "+" else total * item)
-                else:
-                    rest.append(item)
-            return (kind, [total, *rest]) if rest else total
-        case ("/", a, b) | ("call", "frac", [a, b]):
-            a, b = fold(a, values), fold(b, values)
-            if b == 0:
-                raise NotMath
-            both = isinstance(a, Fraction) and isinstance(b, Fraction)
-            return bounded(a / b) if both else ("/", a, b)
-        case ("^", a, b):
-            return power(fold(a, values), fold(b, values))
-        case ("call", "root", [a, n]):
-            return fold(("^", a, ("/", Fraction(1), n)), values)
-        case ("call", name, arguments):
-            arguments = [fold(item, values) for item in arguments]
-            if all(isinstance(item, Fraction) for item in arguments) and name in RATIONAL:
-                return bounded(RATIONAL[name](*arguments))
-            return ("call", name, arguments)
+        case ("num" | "decimal", number, *_):
+            WORK.needed = max(WORK.needed, number.denominator.bit_length())
+            return spent(mp.convert(number))
+        case ("sym", name) if name in known:
+            return mp.convert(known[name])
+        case ("sym", name) if name in CONSTANTS:
+            return +getattr(mp, CONSTANTS[name])
+        case ("inf", sign):
+            return sign * mp.inf
+        case ("quantity", [tree], words):
+            return value(("*", [tree, *BARE_UNITS.get("".join(unit(words)[1]), [])]), known)
+        case ("sum" | "prod" as kind, [body, ("sym", index), *ends]):
+            first, last = (whole(value(end, known)) for end in ends)
+            terms = [substituted(body, {index: ("num", n)}) for n in range(first, last + 1)]
+            return value(("+" if kind == "sum" else "*", terms), known)
+        case (name, [*items]) if name in OPERATIONS:
+            return spent(OPERATIONS[name](*(value(item, known) for item in items)))
+        case (name, [item]) if name in MPMATH:
+            x = value(item, known)
+            return spent(getattr(mp, MPMATH[name])(bounded(x) if name in GROWING else x))
     raise NotMath
 
 
-def power(a, b):
-    """a^b of folded trees: a Fraction where both are and the result is, else the tree."""
-    if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
-        return ("^", a, b)
-    if a == 0 and b <= 0:
+def bounded(number):
+    if abs(number) > MAX_EXPONENT:
         raise NotMath
-    if a < 0 and b.denominator % 2 and b.denominator > 1:  # the real root
-        root = power(-a, b)
-        return root if b.numerator % 2 == 0 else fold(("*", [Fraction(-1), root]), {})
-    if b.denominator != 1:
-        root = exact_root(a, b.denominator)
-        if root is None:
-            return ("^", a, b)
-        a, b = root, Fraction(b.numerator)
-    if a in (0, 1, -1):
-        return a ** (int(b) % 2 or 2)
-    if (a.numerator.bit_length() + a.denominator.bit_length()) * abs(b) > MAX_BITS:
-        raise TooBig
-    return a ** int(b)
+    return number
 
 
-def exact_root(value, n):
-    """The rational n-th root of a fraction that is not negative, or None."""
-    if value < 0 or n > 64:
-        return None
-    root = Fraction(integer_root(value.numerator, n), integer_root(value.denominator, n))
-    return root if root ** n == value else None
+def power(base, exponent):
+    if base.imag == 0 and base.real < 0 and exponent != WORK.mp.nint(exponent):
+        for n in (3, 5, 7, 9):  # the real root
+            odd = WORK.mp.nint(n * exponent)
+            if same_number(n * exponent, odd):
+                return (-1) ** odd * (-base) ** exponent
+    return base ** bounded(exponent)
 
 
-def integer_root(value, n):
-    """The largest r with r^n <= value: bisection on whole numbers."""
-    if n == 2:
-        return math.isqrt(value)
-    low, high = 0, 1 << (value.bit_length() // n + 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if middle ** n <= value else (low, middle - 1)
-    return low
+def log(x, base=None):
+    base = WORK.log if base is None else base
+    return WORK.mp.log(x) / (WORK.mp.log(base) if base else 1)
 
 
-def whole(value, most):
-    if value.denominator != 1 or value < 0:
+def rounded(x, to):
+    near = WORK.mp.nint(x)
+    return near if same_number(x, near) else to(x)
+
+
+def whole(x):
+    n = int(bounded(WORK.mp.nint(x.real)))
+    if not same_number(x, n) or n > MAX_WHOLE:
         raise NotMath
-    if value > most:
-        raise TooBig
-    return int(value)
+    return n
 
 
-RATIONAL = {  # functions whose value is rational where their arguments are
-    "abs": lambda x: abs(x),
-    "floor": lambda x: Fraction(math.floor(x)),
-    "ceil": lambda x: Fraction(math.ceil(x)),
-    "factorial": lambda n: Fraction(math.factorial(whole(n, MAX_BITS // 8))),
-    "factorial2": lambda n: Fraction(math.prod(range(whole(n, MAX_BITS // 8), 0, -2))),
-    "binom": lambda n, k: Fraction(math.comb(whole(n, MAX_BITS), whole(k, MAX_BITS // 8))),
-    "gcd": lambda *items: Fraction(math.gcd(*(whole(abs(x), 1 << MAX_BITS) for x in items))),
-    "lcm": lambda *items: Fraction(math.lcm(*(whole(abs(x), 1 << MAX_BITS) for x in items))),
-    "max": lambda *items: max(items),
-    "min": lambda *items: min(items),
+OPERATIONS = {
+    "+": lambda *terms: sum(terms), "*": lambda *factors: math.prod(factors), "^": power,
+    "abs": abs, "max": max, "min": min, "log": log,
+    "floor": lambda x: rounded(x, WORK.mp.floor), "ceil": lambda x: rounded(x, WORK.mp.ceil),
+    "binom": lambda n, k: WORK.mp.binomial(bounded(n), bounded(k)),
+    "factorial2": lambda n: WORK.mp.fac2(whole(n)),
+    "gcd": lambda *numbers: WORK.mp.mpf(math.gcd(*map(whole, numbers))),
+    "lcm": lambda *numbers: WORK.mp.mpf(math.lcm(*map(whole, numbers))),
 }
 
 
-MPMATH = {  # the names that mpmath has for functions of one number
-    **{name: name for name in "sin cos tan cot sec csc sinh cosh tanh exp floor ceil".split()},
-    "ln": "log", "lg": "log10", "arcsin": "asin", "arccos": "acos", "arctan": "atan", "cis": "expj"}
+def same_number(x, y):
+    """Equal to half of the digits."""
+    scale = max(1, abs(x), abs(y))
+    return x == y or scale < WORK.mp.inf and (
+        abs(x - y) <= scale * WORK.mp.mpf(10) ** (-WORK.mp.dps // 2))
 
 
-def numeric(tree, mp, log):
-    """The value of a folded tree in mpmath's numbers of the working precision."""
-    match tree:
-        case Fraction():
-            return mp.mpf(tree.numerator) / tree.denominator
-        case ("sym", name):
-            return {"e": mp.e, "i": mp.j, "pi": mp.pi, "π": mp.pi}[name] * 1
-        case ("+", items):
-            return sum((numeric(item, mp, log) for item in items), mp.mpf(0))
-        case ("*", items):
-            return math.prod((numeric(item, mp, log) for item in items), start=mp.mpf(1))
-        case ("/", a, b):
-            return numeric(a, mp, log) / numeric(b, mp, log)
-        case ("^", a, b):
-            a, b = numeric(a, mp, log), numeric(b, mp, log)
-            if abs(b) > 10000:
-                raise NotMath
-            odd_root = isinstance(tree[2], Fraction) and tree[2].denominator % 2
-            if odd_root and mp.im(a) == 0 and mp.re(a) < 0:  # the real one
-                return (-1) ** tree[2].numerator * (-a) ** b
-            return a ** b
-        case ("call", name, arguments):
-            values = [numeric(item, mp, log) for item in arguments]
-            if name in ("exp", "sinh", "cosh", "tanh") and abs(values[0]) > 10000:
-                raise NotMath
-            return transcendental(name, values, mp, log)
-    raise NotMath
+def apart(a, b, known):
+    """The difference of two values, 0 where they are the same. There are the more digits the more
+    those met on the way have, before or behind the point."""
+    WORK.mp.dps, WORK.needed = 60, 0
+    WORK.real = known and not {"i", "cis"} & (leaves(a) | leaves(b))
+    x, y = value(a, known), value(b, known)
+    if WORK.needed > 64:
+        WORK.mp.dps = 60 + 2 * WORK.needed // 3
+        if WORK.mp.dps > MAX_DIGITS:
+            raise NotMath
+        x, y = value(a, known), value(b, known)
+    return 0 if same_number(x, y) else x - y
 
 
-def transcendental(name, values, mp, log):
-    """A function's value by mpmath (mp); `log` is the base of a bare log."""
-    x = values[0]
-    match name:
-        case "log":
-            return mp.log(x) / (mp.log(10) if log == 10 else 1)
-        case "log_b":
-            return mp.log(x) / mp.log(values[1])
-        case "degrees":
-            return x * mp.pi / 180
-        case "abs" | "max" | "min":
-            return getattr(builtins, name)(*values)
-    if name not in MPMATH:
-        raise NotMath
-    return getattr(mp, MPMATH[name])(x)
+def points(names):
+    """Values for variables, the same on every call: positive, then of both signs; then whole
+    numbers, for what is defined on those alone."""
+    rng = random.Random(1)
+    for scales in [(1, 9, Fraction(1, 5))] * 5 + [(1, 9, -1, -9, Fraction(-1, 7))] * 5:
+        yield {name: Fraction(rng.randint(1009, 4999), 1013) * rng.choice(scales)
+               for name in names}
+    for _ in range(12):
+        yield {name: Fraction(rng.randint(2, 12)) for name in names}
+
+
+def everywhere(a, b):
+    """Whether two trees agree wherever both are defined, and at three points at least. Two
+    different expressions of an answer's size do not agree at random points (Schwartz-Zippel)."""
+    agreed = 0
+    for number, known in enumerate(points(sorted(symbols(a, b)))):
+        if number == 10 and agreed:
+            break
+        try:
+            if apart(a, b, known) != 0:
+                return False
+        except (NotMath, ArithmeticError, ValueError):
+            continue
+        agreed += 1
+    return agreed >= 3
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1004,361 +1215,274 @@ def transcendental(name, values, mp, log):
 
 
 def same(a, b):
-    """Whether two trees, predicted and gold, are one answer. Raises NotMath where they cannot be
-    compared, TooBig where it takes more than this effort allows."""
+    """Whether two canonical trees, predicted and gold, are one answer. Raises NotMath where they
+    cannot be compared."""
     if a == b:
         return True
-    match a, b:  # 3m for 3: metres, as the gold answer knows no variable m
-        case (("*", [("num", *_) as x, ("sym", "m" | "s" | "g" | "L" | "h")])
-              | ("*", [("num", *_) as x, ("^", ("sym", "m"), _)])
-              | ("/", ("*", [("num", *_) as x, ("sym", "m")]), ("sym", "s"))), ("num", *_):
-            a = x
-    if "rel" not in (a[0], b[0]):  # whose sides may have units
-        a, b = without_unit(a, b), without_unit(b, a)
-    if a is None or b is None:
-        return False
     match a, b:
+        case ("named", [x], name), ("named", [y], other) if name == other and same(x, y):
+            return True
+        case ("named" | "equation", *_), ("named" | "equation", *_):
+            return proportional(unsolved(a), unsolved(b))
+        case ("relation", x, [sign]), ("relation", y, [other]) if sign == other and proportional(
+                difference(*x), difference(*y), positive=sign in "<≤"):
+            return True
+    a = plain(a, b)
+    b = plain(b, a)
+    if a == b:
+        return True
+    if a[0] == "based" != b[0]:
+        a = ("num", Fraction(int(a[1], int(a[2]))))
+    if a[0] in REGIONS or b[0] in REGIONS:
+        return same_region(a, b)
+    match a, b:
+        case ("list" | "set", x), ("list" | "set", y):
+            return same_elements(x, y, "set" in (a[0], b[0]))
+        case (("quantity", *_), _) | (_, ("quantity", *_)):
+            return same_quantity(a, b)
         case (("text", x), ("sym", y)) | (("sym", y), ("text", x)):
             return x == y.lower()
-        case ("rel", *_), _:
-            return same_relation(a, b)
-        case _, ("rel", *_):
-            return same_relation(b, a)
-        case ("unit", x, _), ("unit", y, _):  # percent signs: no other unit is left
-            return same(x, y)
-        case ("unit", x, _), _:
-            return same(x, b) or same(("/", x, HUNDRED), b)
-        case _, ("unit", y, _):
-            return same(a, y) or same(a, ("/", y, HUNDRED))
-        case ("seq", "{", "}", x) | ("union", x), ("seq", "{", "}", y) | ("union", y):
-            return same_elements(x, y)
-        case (("seq", "{", "}", [x]), y) | (y, ("seq", "{", "}", [x])):
-            return same(x, y)
-        case ("seq", "{", "}", x), ("seq", "(", ")", _) if point(x):
-            return same(point(x), b)
-        case ("seq", "(", ")", _), ("seq", "{", "}", y) if point(y):
-            return same(a, point(y))
-        case ("seq", *brackets, x), ("seq", *others, y):
-            return brackets == others and len(x) == len(y) and all(
-                same(p, q) for p, q in zip(x, y, strict=True))
-        case ("matrix", x), ("matrix", y):
-            return list(map(len, x)) == list(map(len, y)) and all(
-                same(p, q) for row, other in zip(x, y, strict=True)
-                for p, q in zip(row, other, strict=True))
-    if a[0] in STRUCTURES or b[0] in STRUCTURES:
-        return False
-    return same_value(a, b)
+        case (kind, [*x]), (other, [*y]) if kind == other and kind in STRUCTURES:
+            return len(x) == len(y) and all(map(same, x, y))
+    return not {a[0], b[0]} & STRUCTURES and same_value(a, b)
 
 
-def without_unit(tree, other):
-    """A tree less its unit; None where the other side has another unit. A percent sign stays."""
-    match tree, other:
-        case ("unit", _, "%"), _:
-            return tree
-        case ("unit", x, unit), ("unit", _, its):
-            return x if "?" in (unit, its) or unit == its else None
-        case ("unit", x, _), _:
+def plain(tree, other):
+    """A tree as what the other one is: without its name, a ratio as a fraction."""
+    match tree:
+        case ("named", [x], _):
             return x
+        case ("set", [x]) if other[0] not in ("list", "set", *REGIONS):
+            return x
+        case (":", [x, y]) if other[0] != ":":
+            return times(x, ("^", [y, MINUS_ONE]))
     return tree
 
 
-def same_elements(a, b):
-    """Equal as unordered lists: each element has its partner, and none is left."""
-    if len(a) != len(b) or len(a) > MAX_ELEMENTS:
+def same_elements(a, b, as_sets):
+    """Equal without order. In a set a repeated element counts once."""
+    if len(a) > MAX_ELEMENTS or len(b) > MAX_ELEMENTS:
         return False
+    if as_sets:
+        return all(any(same(x, y) for y in b) for x in a) and all(
+            any(same(x, y) for x in a) for y in b)
     left = list(b)
     for x in a:
         partner = next((i for i, y in enumerate(left) if same(x, y)), None)
         if partner is None:
             return False
         del left[partner]
-    return True
-
-
-def same_relation(a, b):
-    """a is a relation: an equation, an inequality or a chain of them."""
-    a, b = simplified(a), simplified(b)
-    if a[0] != "rel":
-        return same(a, b)
-    span, other = interval(a), interval(b)
-    if b[0] != "rel":
-        for name, value in ((a[2][0], a[2][-1]), (a[2][-1], a[2][0])):
-            if a[1] == ["="] and is_name(name) and (
-                    name[0] == "*" or not symbols(value) & symbols(name)):
-                return same(value, b)
-        return span is not None and same(span[1], b)
-    if span and other:
-        return span[0] == other[0] and same(span[1], other[1])
-    if a[1] != b[1]:
-        return False
-    if len(a[1]) > 1 or any(side[0] in STRUCTURES for side in a[2] + b[2]):
-        return all(same(p, q) for p, q in zip(a[2], b[2], strict=True))
-    (p, q), (r, s) = a[2], b[2]
-    return proportional(("+", [p, negated(q)]), ("+", [r, negated(s)]), a[1][0] in "<≤")
-
-
-def simplified(tree):
-    """x = 6/2 = 3 is x = 3, 2 + 5 = 7 is 7, 1/3 ≈ 0.33 is 1/3; 3 > x is x < 3."""
-    match tree:
-        case ("rel", operators, sides) if set(operators) <= {"=", "≈"}:
-            if operators == ["≈"] and not symbols(tree):
-                return sides[0] if same(*sides) else ("rel", ["contradiction"], sides)
-            if operators[-1] == "≈" and len(sides) > 2:
-                sides = sides[:-1]
-            named = is_name(sides[0]) and len(sides) > 1
-            values = sides[named:]
-            if named and not symbols(values[-1]):  # A = pi r^2 = 9 pi
-                values = [value for value in values if is_name(value) or not symbols(value)]
-            if len(values) > 1 and (named or not symbols(tree)) and not all(
-                    same(value, values[-1]) for value in values[:-1]):
-                return ("rel", ["contradiction"], sides)
-            if named:
-                return ("rel", ["="], [sides[0], values[-1]])
-            return ("rel", ["="] * (len(sides) - 1), sides) if symbols(tree) else values[-1]
-        case ("rel", operators, sides) if set(operators) <= {">", "≥"}:
-            return ("rel", ["<" if op == ">" else "≤" for op in operators[::-1]], sides[::-1])
-    return tree
-
-
-def point(equations):
-    """x = 1, y = 2 is the point (1, 2); None for what is none."""
-    values = {item[2][0]: item[2][1] for item in equations
-              if item[:2] == ("rel", ["="]) and item[2][0][0] == "sym"}
-    if 1 < len(values) == len(equations):
-        return ("seq", "(", ")", [values[name] for name in sorted(values)])
-    return None
-
-
-def is_name(tree):
-    """x, x_1, f(x), (x, y), Area: what an equation may name."""
-    match tree:
-        case ("sym", name):
-            return name not in CONSTANTS
-        case ("text", _):
-            return True
-        case ("*", [("sym", _) | ("^", ("sym", _), ("num", -1, _)), ("num", *_)]):
-            return True  # f(2)
-        case ("*", [("^", ("sym", _), ("num", -1, _)), ("sym", _)]):
-            return True  # the inverse of f
-        case ("*", [("sym", first), *rest]) if all(item[0] == "sym" for item in rest):
-            return (first + rest[0][1]).isupper() or len(rest) == 1 and (  # AB, f(x), P(A)
-                first[0].isupper() or first[0] in "fghpq" and rest[0][1] in "xyztnk")
-        case ("call", "abs", [("*", _) as x]) | ("call", "sin" | "cos" | "tan", [x]):
-            return is_name(x)
-        case ("seq", "(", ")", items):
-            return all(item[0] == "sym" for item in items)
-    return False
-
-
-def interval(tree):
-    """(variable, interval) of a < x ≤ b and x < b, two intervals of x ≠ a; else None."""
-    def of(low, left, name, right, high):
-        return name, ("seq", "(" if left == "<" else "[", ")" if right == "<" else "]", [low, high])
-    match tree:
-        case ("rel", ["≠"], [name, value]) if is_name(name) and not symbols(value):
-            return name, ("union", [("seq", "(", ")", [("inf", -1), value]),
-                                    ("seq", "(", ")", [value, ("inf", 1)])])
-        case ("rel", ["<" | "≤" as op], [("call", "abs", [("sym", _) as name]), high]):
-            return of(negated(high), op, name, op, high)
-        case ("rel", ["<" | "≤" as op], [name, high]) if is_name(name) and not symbols(high):
-            return of(("inf", -1), "<", name, op, high)
-        case ("rel", ["<" | "≤" as op], [low, name]) if is_name(name) and not symbols(low):
-            return of(low, op, name, "<", ("inf", 1))
-        case ("rel", ["<" | "≤" as left, "<" | "≤" as right], [low, name, high]) if is_name(name):
-            return of(low, left, name, right, high)
-    return None
+    return not left
 
 
 def same_value(a, b):
-    """Equal numbers, or expressions that agree at random points.
-
-    Whatever is rational is compared exactly. Otherwise both sides are worked out to a precision
-    that grows with the digits in them, until they differ or agree to all of it. Two different
-    expressions of an answer's size do not agree at random points (Schwartz-Zippel), nor to some
-    hundred digits by chance."""
-    names = sorted(symbols(a) | symbols(b))
-    if not names:
-        x, y = fold(a, {}), fold(b, {})
-        if agree(x, y):
+    """Equal numbers or expressions. A constant of integration has any name, and may be added to a
+    gold without one; a plain log has base e or base 10; an exact number may be rounded to the
+    digits of a gold decimal."""
+    a = with_constant_of(a, b)
+    for WORK.log in (0, 10) if "log" in (leaves(a) | leaves(b)) else (0,):
+        if everywhere(a, b) if symbols(a, b) else apart(a, b, {}) == 0:
             return True
-        places = decimal_places(b)
-        if places is None or has_decimals(a) or isinstance(x, Fraction) and x.denominator == 1:
-            return False
-        # does an exact prediction round to the gold's digits?
-        if isinstance(x, Fraction) and isinstance(y, Fraction):
-            return abs(x - y) <= Fraction(10) ** -places / 2
-        mp = mpmath_with(60)
-        return abs(numeric(x, mp, 0) - numeric(y, mp, 0)) * 2 * mp.mpf(10) ** places <= 1
-    if symbols(a) != symbols(b) and not (a[0] in "+*/^" or b[0] in "+*/^"):
+    places = decimal_places(b)
+    if symbols(a, b) or places is None or "decimal" in leaves(a):
         return False
-    return on_points(names, lambda values: agree(fold(a, values),
-                                                 fold(b, values)))
+    exact = value(a, {})
+    error = abs(apart(a, b, {})) * 2 * WORK.mp.mpf(10) ** places
+    return exact != WORK.mp.nint(exact) and error < 1.000001
 
 
-def points(names):
-    """Rational points: above one, below one, of mixed signs. The same on every call."""
-    rng = random.Random(1)
-    for signs in (1, 1, 1, -1, -1, 1):
-        for small in (False, True):
-            yield {name: Fraction(rng.randint(1009, 4999), 1013) * (rng.choice((1, signs)))
-                   / (5 if small else 1) for name in names}
+def with_constant_of(a, b):
+    """A tree with its constant of integration named as in the other one; without, if that has
+    none."""
+    own, its = ([name for name in names if INTEGRATION.fullmatch(name)]
+                for names in (symbols(a) - symbols(b), symbols(b) - symbols(a)))
+    if len(own) == len(its) == 1:
+        return substituted(a, {own[0]: ("sym", its[0])})
+    if own and a[0] == "+" and len(symbols(a)) > 1:
+        return ("+", [item for item in a[1] if item != ("sym", own[0])])
+    return a
 
 
-def whole_points(names):
-    """For what is defined on whole numbers alone, as n! is."""
-    rng = random.Random(1)
-    for _ in range(12):
-        yield {name: Fraction(rng.randint(2, 12)) for name in names}
+def decimal_places(tree):
+    """Digits after the point of a decimal, scientific notation included; None if it is none."""
+    match tree:
+        case ("decimal", _, places):
+            return places
+        case ("*", [*_, ("decimal", _, places), ("^", [("num", 10), ("num", exponent)])]):
+            return places - exponent
+    return None
 
 
-def on_points(names, agrees):
-    """Whether the two sides agree wherever both are defined, and at three points at least."""
-    agreed = 0
-    for family in (points(names), whole_points(names)):
-        for values in family:
-            try:
-                if not agrees(values):
-                    return False
-            except (NotMath, ZeroDivisionError, ValueError, KeyError):
-                continue
-            agreed += 1
-        if agreed:
-            break
-    return agreed >= 3
+def proportional(a, b, positive=False):
+    """Whether a = k b with a constant k: two equations are one where their differences are. For
+    an inequality k is positive."""
+    a = with_constant_of(a, b)
+    names = symbols(a)
+    if not names or names != symbols(b):
+        return False
+    anchor = {name: ("num", at) for name, at in next(points(sorted(names))).items()}
+    x, y = substituted(a, anchor), substituted(b, anchor)
+    if positive and apart(times(x, y), ("num", 0), {}) <= 0:
+        return False
+    return everywhere(times(a, y), times(b, x))
 
 
-def agree(x, y):
-    """Whether two folded trees have the same value. A plain log has base e or base 10."""
-    if isinstance(x, Fraction) and isinstance(y, Fraction):
-        return x == y
-    digits = 60 + 2 * (size(x) + size(y))
-    return any(agree_numeric(x, y, digits, log) for log in ((0, 10) if "log" in
-               str((x, y)) else (0,)))
+def unsolved(tree):
+    """What is zero where an equation holds."""
+    if tree[0] == "named":
+        return difference(("sym", tree[2].removeprefix("\\")), tree[1][0])
+    return tree[1][0]
 
 
-def agree_numeric(x, y, digits, log):
-    for precision in (digits, 4 * digits):
-        mp = mpmath_with(precision)
-        a, b = numeric(x, mp, log), numeric(y, mp, log)
-        scale, difference = max(abs(a), abs(b)), abs(a - b)
-        if not mp.isfinite(scale):
-            raise NotMath
-        if difference > mp.mpf(10) ** (-precision // 2) * max(1, scale):
-            return False
-        if difference <= mp.mpf(10) ** (-precision * 2 // 3) * scale:
-            break
+def same_region(a, b):
+    """Whether two sets of real numbers, intervals or conditions on a variable, have the same
+    elements: at the points where one may end, between them and beyond. Other variables get
+    values."""
+    names = variables(a) | variables(b)
+    if len(names) > 1 or not (solved(a) or solved(b)):
+        raise NotMath
+    name = max(names, default="x")
+    others = sorted(symbols(a, b) - names)
+    for known in itertools.islice(points(others), 6 if others else 1):
+        marks = sorted(ends(a, name, known) + ends(b, name, known)) or [0]
+        between = [(x + y) / 2 for x, y in itertools.pairwise(marks)]
+        for x in [marks[0] - 1, *marks, *between, marks[-1] + 1]:
+            if inside(a, name, {**known, name: x}) != inside(b, name, {**known, name: x}):
+                return False
     return True
 
 
-def size(tree):
-    """Decimal digits in the numbers of a folded tree."""
-    if isinstance(tree, Fraction):
-        return (tree.numerator.bit_length() + tree.denominator.bit_length()) // 3
-    if isinstance(tree, (tuple, list)):
-        return sum(map(size, tree))
-    return 0
+def variables(tree):
+    """What the conditions in a set are about: of x > a and of a < x < b it is x."""
+    if tree[0] == "named":
+        return {tree[2]}
+    if tree[0] == "relation":
+        names = {side[1] for side in tree[1] if side[0] == "sym"} - CONSTANTS.keys()
+        return {max(names)} if names else symbols(tree)
+    return set().union(*map(variables, parts(tree)))
 
 
-def proportional(a, b, positive):
-    """Whether a = k b with a constant k: two equations are one where their differences are. For
-    an inequality k is positive."""
-    if not symbols(a) or symbols(a) != symbols(b):
-        return False
-    ratio = None
-
-    def agrees(values):
-        nonlocal ratio
-        x, y = fold(a, values), fold(b, values)
-        this = x / y if isinstance(x, Fraction) and isinstance(y, Fraction) else ("/", x, y)
-        ratio = this if ratio is None else ratio
-        sign = this if isinstance(this, Fraction) else numeric(this, mpmath_with(60), 0)
-        if positive and (getattr(sign, "imag", 0) != 0 or sign < 0):
-            return False
-        return agree(this, ratio)
-    return on_points(sorted(symbols(a)), agrees)
+def solved(tree):
+    """Whether no condition in a set needs to be solved."""
+    if tree[0] == "relation":
+        return any(side[0] == "sym" for side in tree[1])
+    return all(map(solved, parts(tree)))
 
 
-def mpmath_with(digits):
-    if MAX_BITS < WORKER_BITS:
-        raise TooBig
-    if digits > 20000:
-        raise NotMath
-    import mpmath
-    mpmath.mp.dps = digits
-    return mpmath.mp
+def ends(tree, name, known):
+    """Where a set may end: at its constants, and in a condition at their opposites and roots."""
+    if tree[0] == "inf":
+        return []
+    if tree[0] not in STRUCTURES and name not in symbols(tree):
+        return [value(tree, known)]
+    found = [end for part in parts(tree) for end in ends(part, name, known)]
+    if not solved(tree):
+        found += [WORK.mp.sqrt(abs(end)) for end in found]
+        found += [-end for end in found]
+    return found
 
 
-def plain(text):
-    return re.sub(r"\\(?:text|textbf|textit|mathrm|mathbf|boxed)\s*(?=\{)|[{}$*`]|\\[ ,;]", "",
-                  text).strip()
+def inside(tree, name, known):
+    """Whether the variable's value is in a set."""
+    match tree:
+        case ("relation", sides, signs):
+            return all(HOLDS[sign](apart(p, q, known), 0)
+                       for sign, (p, q) in zip(signs, itertools.pairwise(sides), strict=True))
+        case ("()" | "[)" | "(]" | "[]" as brackets, [low, high]):
+            signs = ["≤" if bracket in "[]" else "<" for bracket in brackets]
+            return inside(("relation", [low, ("sym", name), high], signs), name, known)
+        case ("meet", items):
+            return all(inside(item, name, known) for item in items)
+        case ("minus", [first, *rest]):
+            return inside(first, name, known) and not inside(("union", rest), name, known)
+        case ("union", items):
+            return any(inside(item, name, known) for item in items)
+        case ("set" | "list" | "named", items, *_):
+            return any(apart(("sym", name), item, known) == 0 for item in items)
+    raise NotMath
 
 
-def sole_letter(gold):
-    """The letter of a gold answer that is one, (C) or C; else None."""
-    match = re.fullmatch(r"\(?([A-J])\)?\.?", plain(gold))
-    return match[1] if match else None
+def read(text, unit_letters=False):
+    """What an answer says: its canonical tree."""
+    tree = parse(text, unit_letters)
+    return canonical(tree if tree[0] in ("list", "or", "and") else ("list", [tree]))
 
 
-def choice_letter(text):
-    """The letter of a text that is one option: C, (C), \\text{C.}, C) 14 cm; None for two."""
-    match = OPTION.match(plain(text))
-    if not match or SECOND_OPTION.match(plain(text)[match.end():]):
-        return None
-    return (match[1] or match[2] or match[3]).upper()
+def bare_text(text):
+    """A text in one spelling without what does not matter: {x} and x, blanks not between digits."""
+    text = re.sub(r"\{\s*([\w+-]|\\[a-z]+)\s*\}", r"\1", respell(text))
+    return re.sub(r"[⟪⟫]|(?<!\d) | (?!\d)", "", text)
+
+
+def same_answer(predicted, gold):
+    try:
+        a, b = read(predicted), read(gold)
+        if symbols(a) and not symbols(b):  # 5m for 5, which knows no variable m
+            a = read(predicted, unit_letters=True)
+        elif symbols(b) and a[0] == "quantity":
+            b = read(gold, unit_letters=True)
+        return same(a, b)
+    except (NotMath, RecursionError):
+        a, b = (bare_text(text) for text in (predicted, gold))
+        return a == b != ""
 
 
 def compare(predicted, gold):
-    """Whether two answers are equal, by rules of rising cost; raises TooBig."""
+    """Whether two answers are equal, by rules of rising cost."""
     if predicted.strip() == gold.strip():
         return True
-    if letter := sole_letter(gold):
-        return choice_letter(predicted) == letter
-    try:
-        a, b = parse(predicted), parse(gold)
-        return same(a, b)
-    except NotMath:
-        try:
-            a, b = respell(predicted), respell(gold)
-        except NotMath:
-            return False
-        a, b = (re.sub(r"[⟪⟫]|(?<!\d) | (?!\d)", "", " ".join(text.split())) for text in (a, b))
-        return a == b and a != ""
-    except RecursionError:
-        raise TooBig from None
+    begin_work()
+    letter, meaning = option(gold)
+    chosen, rest = option(predicted)
+    if letter and letter.isupper():  # the letter alone, its value alone or both
+        if not chosen:
+            return meaning != "" and same_answer(predicted, meaning)
+        return chosen.upper() == letter and (not rest or not meaning or same_answer(rest, meaning))
+    return same_answer(predicted, gold) or chosen is not None and same_answer(rest, gold)
 
 
-def equal(predicted, gold):
-    """`compare` in a process that may be killed. What a hostile formula provokes in the arithmetic
-    is no equality."""
+def math_equal(predicted, gold):
+    """Whether two answers are the same: bare LaTeX or text, or with a box around it. What a
+    hostile formula provokes in the arithmetic is no equality."""
     try:
         return compare(predicted, gold)
-    except (ArithmeticError, ValueError, TooBig):
+    except (ArithmeticError, ValueError, TypeError, NotMath):
         return False
 
 
-def equality_verdict(predicted, gold):
-    return Verdict(equal(predicted, gold), "compared")
+def choice_letter(text):
+    letter, _ = option(text)
+    return letter and letter.upper()
+
+
+def option(text):
+    """The letter of an option and what is behind it, of `\\textbf{(C)}\\ 12` C and 12; None of what
+    begins with no letter or lists two."""
+    text = re.sub(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it))\s*\{([^{}]*)\}", r"\1",
+                  last_box(text) or text).strip(" $*`\n")
+    match = OPTION.match(text)
+    if not match or SECOND_OPTION.match(text, match.end()):
+        return None, text
+    return match[match.lastindex], re.sub(r"^(?:\\[ ,;:]|[\s~:.,;$])+", "", text[match.end():])
 
 
 def math_verdict(response, gold):
     """The verdict on a response's answer, see `verify_math`."""
-    letter = sole_letter(gold)
     extracted, how = find_answer(response)
-    if letter and how != "box" and (found := find_letter(response)):
+    if how != "box" and option(gold)[0] and (found := find_letter(response)):
         extracted, how = found, "phrase"
     if extracted is None or how == "number" and not is_number(gold):
         return Verdict(False, "no answer", None)
-    passed = equal(extracted, gold)
+    passed = math_equal(extracted, gold)
     return Verdict(passed, "correct" if passed else "wrong answer", extracted)
 
 
 def is_number(gold):
+    begin_work()
     try:
-        tree = parse(gold)
-        if tree[0] == "unit":
-            tree = tree[1]
-        return isinstance(fold(tree, {}), Fraction)
-    except (NotMath, TooBig, ArithmeticError, ValueError, RecursionError):
+        tree = read(gold)
+        return value(tree[1][0] if tree[0] == "quantity" else tree, {}) is not None
+    except (NotMath, ArithmeticError, ValueError, TypeError, RecursionError):
         return False
 
 
@@ -1367,28 +1491,22 @@ def is_number(gold):
 
 
 def find_letter(response):
-    """The letter, A to J, that a response chooses, or None: the boxed one, else the one after
-    "answer is", "the correct option is" and their like, else a lone bold one. The articles a and
-    I are none."""
-    box = last_box(response)
-    if box and (letter := choice_letter(box)):
+    """The letter, A to J, that a response chooses, or None: the boxed one, else the one that "the
+    answer is", "is correct" and their like name last, else a lone one, or one alone in bold."""
+    answer, how = find_answer(response)
+    if how in ("box", "mark") and (letter := choice_letter(answer)):
         return letter
-    for match in reversed(list(CHOICE_PHRASE.finditer(response))):
-        tail = response[match.end():match.end() + 200].lstrip(" \t\n*_:=$")
-        tail = re.sub(r"^(?:option|choice|letter)\s+", "", tail, flags=re.IGNORECASE).lstrip("*_")
-        tail = re.sub(r"^\\\(|^\\text(?:bf)?\{|^\{", "", tail)
-        if letter := CHOSEN.match(tail):
-            return (letter[1] or letter[2]).upper()
-    head, mark, tail = response.rpartition("####")
-    if mark and (letter := choice_letter(tail.strip().split("\n")[0])):
-        return letter
-    if box is None:
-        bold = re.findall(r"\*\*\s*\(?([A-J])\)?[.):]?\s*\*\*", response)
-        if bold and len(set(bold)) == 1:
-            return bold[0]
-        if match := re.fullmatch(r"\s*\(?([A-J])\)?[.]?\s*", response):
-            return match[1]
-    return None
+    text = DECORATION.sub("", response)
+    for match in reversed(list(CHOICE.finditer(text))):
+        if not SECOND_OPTION.match(text, match.end()):
+            return match[match.lastindex].upper()
+    if how == "box":
+        return None
+    bold = set(re.findall(r"\*\*\s*\(?([A-J])\)?[.):]?\s*\*\*", response))
+    if len(bold) == 1:
+        return bold.pop()
+    letter, rest = option(text)
+    return letter.upper() if letter and not rest[:1].islower() else None
 
 
 def choice_verdict(response, gold):
@@ -2240,7 +2358,7 @@ def keeps_structure(sample):
     ours, theirs = find(solution), find(original)
     if ours is None or theirs is None:
         return False
-    return equal(ours, theirs) if kind == "math" else ours.split() == theirs.split()
+    return math_equal(ours, theirs) if kind == "math" else ours.split() == theirs.split()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2314,8 +2432,7 @@ def begin(call):
 def work(descriptor):
     """A worker's process. The kernel's alarm ends it when a verdict takes too long; an exception is
     the verdict on the sample that caused it."""
-    global SANDBOX, MAX_BITS
-    MAX_BITS = WORKER_BITS
+    global SANDBOX
     connection = multiprocessing.connection.Connection(descriptor)
     threading.Thread(target=end_with, args=[connection], daemon=True).start()
     for number in (signal.SIGALRM, signal.SIGCHLD):  # whatever the caller does with them
@@ -2355,17 +2472,6 @@ def ask(name, *arguments, **options):
     if isinstance(outcome, str):
         raise BadInput(outcome)
     return outcome
-
-
-def math_equal(predicted, gold):
-    """Whether two answers are the same: bare LaTeX or text, or with a box around it. False where
-    that cannot be decided within MATH_TIMEOUT seconds."""
-    try:
-        return compare(predicted, gold)
-    except TooBig:
-        return ask("equality_verdict", predicted, gold).passed
-    except (ArithmeticError, ValueError):
-        return False
 
 
 def verify_math(response, gold):

@@ -375,7 +375,8 @@ def find_answer(response):
         start, _, answer = found.pop()
         while found and answer and (listed := LISTED.fullmatch(response, found[-1][1], start)):
             start, _, before = found.pop()
-            answer = f"{before}, {listed[1] or ''}{answer}"
+            if not math_equal(before, answer):  # else it is said twice
+                answer = f"{before}, {listed[1] or ''}{answer}"
         return (answer, "box") if answer else (None, None)
     head, mark, tail = response.rpartition("####")
     if mark and tail.strip():

@@ -18,6 +18,7 @@ import ast
 import atexit
 import builtins
 import collections
+import concurrent.futures
 import ctypes
 import datetime
 import decimal
@@ -35,10 +36,8 @@ import json
 import marshal
 import math
 import mmap
-import multiprocessing
 import multiprocessing.connection
 import os
-import pickle
 import pkgutil
 import random
 import re
@@ -2206,7 +2205,7 @@ def sample_verdict(sample, **options):
     """The verdict on a sample (a problem's fields, response, finish_reason). BadInput where a field
     is missing or wrong; options go to program_verdict."""
     if not isinstance(sample, dict):
-        raise BadInput("the row is no object")
+        raise BadInput(f"the row is no object: {str(sample)[:100]}")
     kind = sample.get("kind")
     if kind not in ("math", "choice", "code"):
         raise BadInput(f"field kind is {kind!r}: math, choice or code")
@@ -2258,57 +2257,33 @@ class Worker:
             stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
 
-    def outcome(self):
-        """A Verdict, or where the input cannot be judged a text that says why."""
-        try:
-            outcome = self.connection.recv()
-            IDLE.append(self)
-        except (EOFError, OSError):
-            late = self.process.wait() == -signal.SIGALRM
-            outcome = False, "timeout" if late else f"{GRADER_ERROR}: its process ended"
-        return Verdict(*outcome) if isinstance(outcome, tuple) else outcome
 
-
-IDLE = []
+IDLE, BUSY = [], set()
 os.register_at_fork(after_in_child=IDLE.clear)  # they are the parent's
 
 
-def judged(calls, workers):
-    """The outcome of each call, in their order. A call is the name of a function of this file,
-    arguments and options; so many are under way at once, and a bounded number waits its turn."""
-    calls, places, busy = iter(calls), collections.deque(), {}
-    try:
-        while True:
-            while len(busy) < workers and len(places) < 16 * workers and (
-                    call := next(calls, None)):
-                worker = begin(call)
-                places.append([])  # for its outcome
-                busy[worker.connection] = worker, places[-1]
-            if not places:
-                return
-            for connection in multiprocessing.connection.wait(busy):
-                worker, place = busy.pop(connection)
-                place.append(worker.outcome())
-            while places and places[0]:
-                yield places.popleft()[0]
-    finally:
-        for worker, _ in busy.values():
-            worker.process.kill()
-
-
-def begin(call):
-    """A worker at work on a call."""
-    try:
-        call = pickle.dumps(call)
-    except RecursionError:
-        raise BadInput("a row is nested too deeply") from None
+def ask(name, *arguments, **options):
+    """What a function of this file, by its name, says in a worker: a Verdict. BadInput where the
+    input cannot be judged."""
+    call = name, arguments, options
     try:
         worker = IDLE.pop()
-        worker.connection.send_bytes(call)
+        worker.connection.send(call)
     except (IndexError, OSError):  # there is none, or it has ended meanwhile
         worker = Worker()
-        worker.connection.send_bytes(call)
-    return worker
+        worker.connection.send(call)
+    BUSY.add(worker)
+    try:
+        outcome = worker.connection.recv()
+        IDLE.append(worker)
+    except (EOFError, OSError):
+        late = worker.process.wait() == -signal.SIGALRM
+        outcome = False, "timeout" if late else f"{GRADER_ERROR}: its process ended"
+    finally:
+        BUSY.remove(worker)
+    if isinstance(outcome, str):
+        raise BadInput(outcome)
+    return Verdict(*outcome)
 
 
 def work(descriptor):
@@ -2348,13 +2323,6 @@ def end_with(connection):
     hangup.register(connection, 0)
     hangup.poll()
     os._exit(1)
-
-
-def ask(name, *arguments, **options):
-    outcome, = judged([(name, arguments, options)], 1)
-    if isinstance(outcome, str):
-        raise BadInput(outcome)
-    return outcome
 
 
 def math_equal(predicted, gold):
@@ -2619,15 +2587,17 @@ def check_above_0(args, *names):
 
 
 def input_rows(names):
-    """(place, row) of every row of the files; blank lines count for the place only."""
+    """(place, row) of every row of the files; blank lines count for the place only. What is no JSON
+    is there as a text that says why."""
     for name in names:
         with open(name, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        yield f"{name}:{number}", json.loads(line)
+                        row = json.loads(line)
                     except (ValueError, RecursionError) as error:
-                        raise BadInput(f"{name}:{number}: {error}") from None
+                        row = str(error)
+                    yield f"{name}:{number}", row
 
 
 def resume(out, rows, summary):
@@ -2655,22 +2625,27 @@ def resume(out, rows, summary):
 
 
 def verified_rows(rows, workers, options):
-    """The rows with their verdicts. What stands before a row that cannot be read comes first."""
-    rows, ahead = itertools.tee(rows)
-    unreadable = []
+    """The rows with their verdicts, in their order. So many are judged at once, each by a thread
+    that waits for its worker; a bounded number is read ahead."""
+    ahead, threads = collections.deque(), concurrent.futures.ThreadPoolExecutor(workers)
+    try:
+        while True:
+            for place, row in itertools.islice(rows, 16 * workers - len(ahead)):
+                ahead.append(threads.submit(verified, place, row, options))
+            if not ahead:
+                return
+            yield ahead.popleft().result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+        for worker in [*BUSY]:
+            worker.process.kill()
 
-    def calls():
-        try:
-            for _, row in ahead:
-                yield "sample_verdict", [row], options
-        except BadInput as error:
-            unreadable.append(error)
-    for outcome, (place, row) in zip(judged(calls(), workers), rows, strict=False):
-        if isinstance(outcome, str):
-            raise BadInput(f"{place}: {outcome}")
-        yield row | outcome._asdict()
-    for error in unreadable:
-        raise error
+
+def verified(place, row, options):
+    try:
+        return row | ask("sample_verdict", row, **options)._asdict()
+    except (BadInput, RecursionError) as error:
+        raise BadInput(f"{place}: {error}") from None
 
 
 def keep(verified, path, per_problem):

@@ -244,10 +244,10 @@ def hard(tmp_path, monkeypatch):
 def test_no_sample_ends_or_stalls_the_others(hard):
     """Of more samples than workers, a verdict for each, in their order."""
     responses = [*HARD, r"\boxed{4}", r"\boxed{5}", *HARD, r"\boxed{4}"]
-    calls = [("math_verdict", [response, "4"], {}) for response in responses]
+    rows = ((f"row {n}", sample(n, response)) for n, response in enumerate(responses))
     expected = {**HARD, r"\boxed{4}": "correct", r"\boxed{5}": "wrong answer"}
     start = time.monotonic()
-    reasons = [verdict.reason for verdict in verify.judged(calls, 3)]
+    reasons = [row["reason"] for row in verify.verified_rows(rows, 3, {})]
     assert reasons == [expected[response] for response in responses]
     assert time.monotonic() - start < 60  # a worker whose sample sleeps would do so for a minute
 

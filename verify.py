@@ -153,6 +153,7 @@ DECIMAL = re.compile(
     rb"[+-]?(?:[0-9]++\.[0-9]*+|\.[0-9]++|[0-9]++(?=[eE]))(?:[eE][+-]?[0-9]++)?")
 SIGNED = re.compile(rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?")
 GRADER_ERROR = "grader error"
+GONE = 73  # exit code of a judge whose program has ended before it
 WORKER_MEMORY = 2 << 30
 DEFAULT_MEMORY = 1 << 31
 MAX_RESULT = 16 << 20  # bytes of a returned value's form
@@ -1473,10 +1474,9 @@ def can_fail(test):
     script's start."""
     if "assert" not in test:
         return True
-    body = syntax_tree(test.get("setup", "")).body + syntax_tree(test["assert"]).body
-    named = {node.id for statement in body for node in ast.walk(statement)
-             if isinstance(node, ast.Name)}
-    for statement in body:
+    tree = syntax_tree(test.get("setup", "") + "\n" + test["assert"])
+    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for statement in tree.body:
         at_start = isinstance(statement, ast.If) and "__name__" in ast.dump(statement.test)
         if not at_start and getattr(statement, "name", None) in {None, *named}:
             for node in ast.walk(statement):
@@ -1548,9 +1548,9 @@ class Sandbox:
         theirs.close()
         self.containment = self.socket.recv(1000).decode()
         codes, output, _ = self.run("main", ["", PROBE], str(os.getpid()).encode())
-        if codes[0] in (None, -signal.SIGKILL):  # for want of time or memory: it tells nothing
-            raise RuntimeError("the sandbox's own test did not end")
-        self.holes = output.decode().split() if codes == [0] else [f"end with {codes}"]
+        if codes != [0]:  # for want of time or memory
+            raise RuntimeError(f"the sandbox's own test ended with {codes}")
+        self.holes = output.decode().split()
 
     def run(self, mode, source, given, timeout=10, memory=DEFAULT_MEMORY):
         """Run a program by its source, [setup, code]. mode "main": given is its input; "call": the
@@ -1659,7 +1659,7 @@ def run_test(sandbox, code, test, timeout, memory):
     codes, output, result = sandbox.run(mode, source, given, timeout, memory)
     if None in codes:
         return "timeout"
-    if mode == "assert" and result == b"gone":  # the program has ended before the judge
+    if codes[1:] == [GONE]:
         return failure(codes[0], output)
     if codes[-1] != 0:
         return failure(codes[-1], result)
@@ -1715,9 +1715,7 @@ def zygote(descriptor):
     uid = private_user()
     machine = os.uname().machine
     filtered = machine in MACHINES and libc.prctl(21, 0, 0, 0, 0) >= 0  # PR_GET_SECCOMP
-    # an ordinary user's tasks are counted all together: those of other sandboxes too
-    tasks = tasks_of(uid or os.getuid()) + 64 * (1 if uid else 8)
-    own = {"parent": os.getpid(), "uid": uid, "tasks": tasks,
+    own = {"parent": os.getpid(), "uid": uid, "tasks": tasks_of(uid or os.getuid()) + 500,
            "filter": system_call_filter(machine) if filtered else b""}
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     channel.send(b"programs are confined by limits" + b", a user of their own" * bool(uid)
@@ -1740,10 +1738,8 @@ class Shelf(importlib.abc.Loader):
         self.places, self.code = {}, bytearray()  # a module's start in the code, whether a package
         folder = os.path.dirname(os.__file__)
         self.take([folder, os.path.join(folder, "lib-dynload")])
-        file = memory_file(self.code)
         # private and not to be written: no program changes what the next one imports
-        self.code = mmap.mmap(file, len(self.code), mmap.MAP_PRIVATE, mmap.PROT_READ)
-        os.close(file)
+        self.code = mmap.mmap(memory_file(self.code), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
         # weakly held by zoneinfo itself
         self.zones = [zoneinfo.ZoneInfo(name) for name in zoneinfo.available_timezones()]
 
@@ -1810,24 +1806,19 @@ def start(request, work, *files):
 
 def wait_for(pids, timeout):
     """The exit codes of processes (a signal is a negative one), None for one that took too long:
-    the kernel ends what has used up its CPU time, this function what sleeps. When the last of them
-    ends, which is the judge if there is one, or one is late, the others are killed."""
-    deadline, late, codes = time.monotonic() + 3 * timeout + 5, False, {}
-    alive = {os.pidfd_open(pid): pid for pid in pids}
-    while alive:
-        late = late or time.monotonic() > deadline
-        if late or pids[-1] in codes:
-            for pid in alive.values():
-                os.kill(pid, signal.SIGKILL)
-        ended, _, _ = select.select(alive, [], [], max(0.001, deadline - time.monotonic()))
-        for handle in ended:
-            os.close(handle)
-            pid = alive.pop(handle)
-            _, status, usage = os.wait4(pid, 0)
-            code = os.waitstatus_to_exitcode(status)
-            late = late or code == -signal.SIGXCPU or usage.ru_utime + usage.ru_stime > timeout
-            codes[pid] = None if late else code
-    return [codes[pid] for pid in pids]
+    the kernel ends what has used up its CPU time, this function what sleeps. With the last of them,
+    which is the judge if there is one, all end."""
+    handle = os.pidfd_open(pids[-1])
+    ended, _, _ = select.select([handle], [], [], 3 * timeout + 5)
+    os.close(handle)
+    codes = []
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)  # no matter to what has ended
+        _, status, usage = os.wait4(pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        late = not ended or code == -signal.SIGXCPU or usage.ru_utime + usage.ru_stime > timeout
+        codes.append(None if late else code)
+    return codes
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1979,9 +1970,8 @@ def run_solution(mode):
         vars(builtins).update(CONTEST_NAMES | vars(builtins))
     status = 0
     try:
-        setup, code = compile(setup, "setup.py", "exec"), compile(code, "program.py", "exec")
-        exec(setup, module.__dict__)
-        exec(code, module.__dict__)
+        for text, name in (setup, "setup.py"), (code, "program.py"):
+            exec(compile(text, name, "exec"), module.__dict__)
         if mode == "call":
             name, arguments = call
             holder = module.__dict__.get("Solution")
@@ -2069,17 +2059,13 @@ class Channel:
             self.outgoing.write(json.dumps(message, default=repr).encode() + b"\n")
             self.outgoing.flush()
         except BrokenPipeError:
-            raise Gone
+            os._exit(GONE)
 
     def receive(self):
         line = self.incoming.readline(MAX_OUTPUT)
         if not line.endswith(b"\n"):
-            raise Gone
+            os._exit(GONE)
         return json.loads(line)
-
-
-class Gone(BaseException):
-    """The process at the other end of a channel has ended."""
 
 
 def answer_calls(namespace):
@@ -2099,8 +2085,7 @@ def answer_calls(namespace):
 
 def run_judge(mode):
     """The judge's process: descriptors 3 verdict, 4 setup and test, 5 answers, 6 calls. It runs
-    the test, in which the program's functions are calls of the other process. The verdict `gone`,
-    that the program has ended, leaves it to the program's own result to say why."""
+    the test, in which the program's functions are calls of the other process."""
     with open(4, "rb") as source:
         setup, test = json.load(source)
     channel, calls = Channel(5, 6), []
@@ -2131,8 +2116,6 @@ def run_judge(mode):
         verdict = b"correct" if calls else b"no test: it does not call the program"
     except AssertionError:
         verdict = b"wrong answer"
-    except Gone:
-        verdict = b"gone"
     except BaseException as error:
         status, verdict = 1, error_name(error)
     os.write(3, verdict)
@@ -2190,7 +2173,7 @@ PARTS = {
     **{kind: lambda value, kind=kind: kind.__reduce__(value)[1] for kind in (  # as for pickle
         Fraction, decimal.Decimal, range, datetime.datetime, datetime.date, datetime.time,
         datetime.timedelta, datetime.timezone)},
-    complex: lambda value: (value.real, value.imag),
+    complex: complex.__getnewargs__,
     collections.Counter: lambda value: (dict(value),),
     collections.defaultdict: lambda value: (None, dict(value))}
 KINDS = {kind.__name__: kind for kind in PARTS} | {

@@ -26,7 +26,6 @@ import errno
 import fcntl
 import gc
 import glob
-import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -2358,65 +2357,68 @@ def verify_sample(sample, **options):
 
 
 def problem_key(row):
-    """A problem's id, or where it has none its prompt, in eight bytes."""
-    name = json.dumps([row.get("source"), row.get("id", row.get("prompt"))])
-    return hashlib.blake2b(name.encode(), digest_size=8).digest()
+    """A number, within this process, for a problem's id or, where it has none, its prompt."""
+    return hash(json.dumps([row.get("source"), row.get("id", row.get("prompt"))]))
+
+
+class Counted(NamedTuple):
+    """What a score takes of a verified row."""
+    problem: int
+    passed: bool
+    vote: bool | str | None  # True if correct, else the answer, "" without one; None of a program
+    num_tokens: object
+    reason: str
 
 
 class Summary:
-    """Counts by model, source and problem, but no text: memory grows with the problems alone."""
+    """The verified rows by model and source, without their long texts."""
 
     def __init__(self):
-        # by (model, whether of all sources, source): problems, tokens and reasons as in `score`
-        self.groups = {}
+        self.models = collections.defaultdict(lambda: collections.defaultdict(list))
         self.grader_errors = []
 
     def add(self, row):
-        """Counts a verified row. The votes for one answer are equal: all correct ones, and wrong
-        ones of one spelling; no answer is "", and a program has no vote."""
-        model, source = str(row.get("model") or ""), str(row.get("source", ""))
-        reason = re.sub(r" on test \d+$", "", row["reason"])
+        source, reason = str(row.get("source", "")), re.sub(r" on test \d+$", "", row["reason"])
         if reason.startswith(GRADER_ERROR):
             self.grader_errors.append(f"{source} {row.get('id')}: {reason}")
             reason = GRADER_ERROR
-        vote = "correct" if row["passed"] else (
-            "" if row["extracted"] is None else "wrong: " + squash(row["extracted"]))
-        for group in ((model, False, source), (model, True, "all")):
-            problems, tokens, reasons = self.groups.setdefault(
-                group, ({}, [0, 0], collections.Counter()))
-            problem = problems.setdefault(problem_key(row), [0, 0, collections.Counter()])
-            problem[0] += 1
-            problem[1] += row["passed"]
-            problem[2][vote] += row["kind"] != "code"
-            if isinstance(count := row.get("num_tokens"), int) and count < 1 << 53:
-                tokens[0] += count
-                tokens[1] += 1
-            reasons[reason] += 1
+        vote = row["passed"] or squash(row["extracted"] or "")
+        self.models[str(row.get("model") or "")][source].append(Counted(
+            problem_key(row), row["passed"], None if row["kind"] == "code" else vote,
+            row.get("num_tokens"), reason))
 
     def rows(self):
         """One dict for each source of each model, and one for all of a model's several."""
-        sizes = collections.Counter(model for model, _, _ in self.groups)
-        return [{"model": model} | score(source, *self.groups[model, of_all, source])
-                for model, of_all, source in sorted(self.groups)
-                if not of_all or sizes[model] > 2]
+        rows = []
+        for model, sources in sorted(self.models.items()):
+            rows += [score(model, *source) for source in sorted(sources.items())]
+            if len(sources) > 1:
+                rows.append(score(model, "all", list(itertools.chain(*sources.values()))))
+        return rows
 
 
-def score(source, problems, tokens, reasons):
-    """The figures of some problems (each [samples, passed, votes]), of their samples' tokens (the
-    sum, and of how many samples) and reasons. The standard error is that of the mean over problems
-    of their means."""
-    problems = list(problems.values())
-    means = [passed / n for n, passed, _ in problems]
+def score(model, source, counted):
+    """The figures of some verified rows. The standard error is that of the mean over problems of
+    their means."""
+    problems = collections.defaultdict(list)
+    for sample in counted:
+        problems[sample.problem].append(sample)
+    results = [(len(samples), sum(sample.passed for sample in samples))
+               for samples in problems.values()]
+    means = [passed / n for n, passed in results]
     error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
-    most = max(n for n, _, _ in problems)
+    most, _ = max(results)
     ks = sorted({most, *(2 ** i for i in range(most.bit_length()))})
-    chances = {k: statistics.fmean(pass_at_k(n, passed, k) for n, passed, _ in problems if n >= k)
+    chances = {k: statistics.fmean(pass_at_k(n, passed, k) for n, passed in results if n >= k)
                for k in ks}
-    voted = [majority(votes) for _, _, votes in problems if votes.total()]
-    return {"source": source, "problems": len(problems), "samples": sum(n for n, _, _ in problems),
+    voted = [majority([sample.vote for sample in samples]) for samples in problems.values()
+             if samples[0].vote is not None]
+    tokens = [sample.num_tokens for sample in counted if isinstance(sample.num_tokens, int)]
+    reasons = collections.Counter(sample.reason for sample in counted)
+    return {"model": model, "source": source, "problems": len(problems), "samples": len(counted),
             "accuracy": statistics.fmean(means), "standard_error": error, "pass_at_k": chances,
             "majority": statistics.fmean(voted) if voted else None, "n": most,
-            "mean_tokens": tokens[0] / tokens[1] if tokens[1] else None,
+            "mean_tokens": statistics.fmean(tokens) if tokens else None,
             "reasons": dict(reasons.most_common())}
 
 
@@ -2427,8 +2429,8 @@ def pass_at_k(n, passed, k):
 
 def majority(votes):
     """1 where the answer given most often is correct; ties share it."""
-    leaders = statistics.multimode(filter(None, votes.elements())) or [""]
-    return ("correct" in leaders) / len(leaders)
+    leaders = statistics.multimode(filter(None, votes)) or [""]
+    return (True in leaders) / len(leaders)
 
 
 # Accuracies as published (novasky-ai.github.io/posts/sky-t1; MATH500 after the prompt's repair), by
@@ -2461,7 +2463,8 @@ def table(rows):
     def percent(value, before=""):
         return "" if value is None else f"{before}{100 * value:.1f}"
     lines = [["model", "source", "problems", "samples", "accuracy", "pass@k", "majority", "tokens"]]
-    reasons = collections.Counter()
+    reasons = sum((collections.Counter(row["reasons"]) for row in rows if row["source"] != "all"),
+                  collections.Counter())
     for row in rows:
         tokens = "-" if row["mean_tokens"] is None else f"{row['mean_tokens']:.0f}"
         lines.append([row["model"] or "-", row["source"] or "-", str(row["problems"]),
@@ -2469,8 +2472,6 @@ def table(rows):
                       percent(row["accuracy"]) + percent(row["standard_error"], " ± "),
                       ", ".join(percent(p, f"{k}: ") for k, p in row["pass_at_k"].items()),
                       f"{percent(row['majority']) or '-'} @{row['n']}", tokens])
-        if row["source"] != "all":
-            reasons.update(row["reasons"])
     if len({row["model"] for row in rows}) == 1:
         lines = [line[1:] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -2649,8 +2650,6 @@ def keep(verified, path, per_problem):
         for start in sorted(chosen):
             file.seek(start)
             out.write(file.readline())
-        out.flush()
-        os.fsync(out.fileno())
     os.replace(out.name, path)
     different = sum(map(len, passing.values()))
     return len(chosen), count - different, different - len(chosen)

@@ -1654,7 +1654,7 @@ def run_test(sandbox, code, test, timeout, memory):
     elif "fn_name" in test:
         mode, source = "call", [setup, code, test["fn_name"], test["args"]]
     else:
-        given = test["input"].encode("utf-8", "surrogatepass")
+        given = test["input"].encode()
     codes, output, result = sandbox.run(mode, source, given, timeout, memory)
     if None in codes:
         return "timeout"
@@ -1665,7 +1665,7 @@ def run_test(sandbox, code, test, timeout, memory):
     if mode == "assert":
         return result.decode()
     if mode == "main":
-        same = same_output(test["output"].encode("utf-8", "surrogatepass"), output)
+        same = same_output(test["output"].encode(), output)
     else:
         try:
             same = same_result(json.loads(json.dumps(test["expected"])),
@@ -1702,7 +1702,7 @@ def zygote(descriptor):
     file, then forks on request. It never reads what it hands on. It ends with the process that
     started it, however that comes about, and its children with it."""
     channel = socket.socket(fileno=descriptor)
-    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     sys.set_int_max_str_digits(0)
     threading.stack_size(16 << 20)  # a thread's default is the raised limit of the stack
     for name in PRELOADED:
@@ -1713,7 +1713,7 @@ def zygote(descriptor):
     gc.freeze()
     uid = private_user()
     machine = os.uname().machine
-    filtered = machine in MACHINES and libc.prctl(21, 0, 0, 0, 0) >= 0  # PR_GET_SECCOMP
+    filtered = machine in MACHINES and libc.prctl(21) >= 0  # PR_GET_SECCOMP
     own = {"parent": os.getpid(), "uid": uid, "tasks": tasks_of(uid or os.getuid()) + 500,
            "filter": system_call_filter(machine) if filtered else b""}
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
@@ -1786,8 +1786,8 @@ def serve(request, files):
 
 
 def start(request, work, *files):
-    """A confined process in which files are the descriptors 0, 1, 2, ... and no others are open;
-    it runs work, which never returns."""
+    """A confined process in which files are the descriptors 0, 1, 2, ... and no others are open: 3
+    is for what it says, 4 its source. It runs work, which never returns."""
     pid = os.fork()
     if pid:
         return pid
@@ -1798,9 +1798,12 @@ def start(request, work, *files):
             os.dup2(file, number)
         os.closerange(len(files), 4096)
         confine(request)
-        work(request["mode"])
+        with open(4, "rb") as source:
+            work(request["mode"], *json.load(source))
+    except BaseException as error:
+        os.write(3, error_name(error))
     finally:
-        os._exit(70)
+        os._exit(1)
 
 
 def wait_for(pids, timeout):
@@ -1832,7 +1835,7 @@ def confine(request):
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != request["parent"]:
         os._exit(71)
     if request["filter"]:
@@ -1933,7 +1936,7 @@ def instruction(code, number, skip_if_true=0, skip_if_false=0):
 def install_filter(program):
     buffer = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
-    if libc.prctl(22, 2, header, 0, 0) != 0:  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    if libc.prctl(22, 2, header) != 0:  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
         os._exit(72)  # never run a program unconfined
 
 
@@ -1952,12 +1955,9 @@ def names_of(modules):
 USUAL_NAMES, CONTEST_NAMES = names_of(USUAL_MODULES), names_of(CONTEST_MODULES)
 
 
-def run_solution(mode):
+def run_solution(mode, setup, code, *call):
     """The program's process, in one of the modes of `Sandbox.run`. It may compute, read descriptor
-    0 and write to 1 and 3, the result; 4 is its source, 5 and 6 are calls and answers where a judge
-    asks for them."""
-    with open(4, "rb") as source:
-        setup, code, *call = json.load(source)
+    0 and write to 1 and 3, the result; 5 and 6 are calls and answers where a judge asks."""
     builtins.open = io.open = open_by_number
     sys.stdin.reconfigure(errors="surrogateescape")
     module = type(sys)("__main__" if mode == "main" else "solution")
@@ -1980,9 +1980,6 @@ def run_solution(mode):
             answer_calls(module.__dict__)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else error.code is not None
-    except BaseException as error:
-        status = 1
-        os.write(3, error_name(error))
     # as at an interpreter's end; files that the program left open are closed with their names
     flush = [lambda: sys.stdout.flush(), sys.__stdout__.flush]
     for finish in (threading._shutdown, atexit._run_exitfuncs, *flush, module.__dict__.clear,
@@ -2031,7 +2028,7 @@ def error_name(error):
         name = "syntax error"
     elif isinstance(error, NotPlain):
         name = str(error)
-    return name.encode("utf-8", "replace")
+    return name.encode()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2045,7 +2042,7 @@ class Channel:
           <----------------- ["add", "helper"] ----     its functions, once
           ---- ["add", arguments, keywords] ------->     a call
           <-------- ["value", value, arguments] ----     what it gave, and the arguments after it,
-          <------ ["error", kinds, arguments] ------     or its exception
+          <------- ["error", kind, arguments] ------     or its exception
 
     What they hold goes through `encode` and `decode`, so that nothing of the program's making, but
     plain data, is ever in the judge's process."""
@@ -2078,15 +2075,13 @@ def answer_calls(namespace):
             value = namespace[name](*arguments, **decode(keywords))
             channel.send("value", encode(value), encode(arguments))
         except BaseException as error:
-            kinds = [kind.__name__ for kind in type(error).__mro__ if kind in ERRORS.values()]
-            channel.send("error", kinds, error.args)
+            known = [kind for kind in type(error).__mro__ if kind in ERRORS.values()]
+            channel.send("error", known[0].__name__ if known else "RuntimeError", error.args)
 
 
-def run_judge(mode):
-    """The judge's process: descriptors 3 verdict, 4 setup and test, 5 answers, 6 calls. It runs
-    the test, in which the program's functions are calls of the other process."""
-    with open(4, "rb") as source:
-        setup, test = json.load(source)
+def run_judge(mode, setup, test):
+    """The judge's process: descriptors 3 verdict, 5 answers, 6 calls. It runs the test, in which
+    the program's functions are calls of the other process."""
     channel, calls = Channel(5, 6), []
     sys.setrecursionlimit(50_000)
 
@@ -2096,7 +2091,7 @@ def run_judge(mode):
             channel.send(name, encode(list(arguments)), encode(keywords))
             kind, value, after = channel.receive()
             if kind == "error":
-                raise next((ERRORS[name] for name in value if name in ERRORS), RuntimeError)(*after)
+                raise ERRORS[value](*after)
             for ours, theirs in zip(arguments, decode(after), strict=True):
                 if type(ours) is type(theirs) and hasattr(ours, "clear"):  # changed in place
                     ours.clear()
@@ -2105,7 +2100,6 @@ def run_judge(mode):
         return call
     vars(builtins).update(USUAL_NAMES | vars(builtins))
     namespace = {"__name__": "judge"}
-    status = 0
     try:
         functions = channel.receive()
         exec(compile(setup, "setup.py", "exec"), namespace)
@@ -2115,10 +2109,8 @@ def run_judge(mode):
         verdict = b"correct" if calls else b"no test: it does not call the program"
     except AssertionError:
         verdict = b"wrong answer"
-    except BaseException as error:
-        status, verdict = 1, error_name(error)
     os.write(3, verdict)
-    os._exit(status)
+    os._exit(0)
 
 
 def tested_names(functions, test, namespace):
@@ -2171,9 +2163,8 @@ PARTS = {
     **dict.fromkeys((dict, collections.OrderedDict), dict.items),
     **{kind: lambda value, kind=kind: kind.__reduce__(value)[1] for kind in (  # as for pickle
         Fraction, decimal.Decimal, range, datetime.datetime, datetime.date, datetime.time,
-        datetime.timedelta, datetime.timezone)},
+        datetime.timedelta, datetime.timezone, collections.Counter)},
     complex: complex.__getnewargs__,
-    collections.Counter: lambda value: (dict(value),),
     collections.defaultdict: lambda value: (None, dict(value))}
 KINDS = {kind.__name__: kind for kind in PARTS} | {
     "namedtuple": lambda name, fields, *items: collections.namedtuple(name, fields)(*items)}
@@ -2192,10 +2183,9 @@ def sample_verdict(sample, **options):
     if kind not in ("math", "choice", "code"):
         raise BadInput(f"field kind is {kind!r}: math, choice or code")
     gold = "tests" if kind == "code" else "answer"
-    for name in ["response", gold] + ["original"] * ("original" in sample):
-        wanted = list if name == "tests" else str
-        if not isinstance(sample.get(name), wanted):
-            raise BadInput(f"field {name} is missing or no {'text' if wanted is str else 'list'}")
+    for name in ("response", gold, *{"original"} & sample.keys()):
+        if not isinstance(sample.get(name), list if name == "tests" else str):
+            raise BadInput(f"field {name} is missing or not of its type")
     if sample.get("finish_reason") == "length":
         return Verdict(False, "truncated")
     if "original" in sample and not keeps_structure(sample):
@@ -2329,8 +2319,9 @@ def verify_choice(response, gold):
     return ask("choice_verdict", response, gold)
 
 
-def run_program(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=False):
-    """Run a Python program on its tests, each in a confined process of its own.
+def run_program(code, tests, *limits, **options):
+    """Run a Python program on its tests, each in a confined process of its own; further arguments
+    are those of `program_verdict`.
 
     tests: {"input", "output"} from stdin to stdout, {"fn_name", "args", "expected"} a call, or
     {"assert"} source that calls what the program defines; a test may have "setup", source that
@@ -2338,7 +2329,7 @@ def run_program(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=F
     a minute, on the clock); memory: bytes of address space. A pass needs at least one test and
     every one of them passed. Raises BadInput, a ValueError, for a test of no known form, and where
     programs cannot be confined and allow_unsafe is not set."""
-    return ask("program_verdict", code, tests, timeout, memory, allow_unsafe)
+    return ask("program_verdict", code, tests, *limits, **options)
 
 
 def verify_code(response, tests, *limits, **options):
@@ -2467,8 +2458,8 @@ def table(rows):
                   collections.Counter())
     for row in rows:
         tokens = "-" if row["mean_tokens"] is None else f"{row['mean_tokens']:.0f}"
-        lines.append([row["model"] or "-", row["source"] or "-", str(row["problems"]),
-                      str(row["samples"]),
+        lines.append([row["model"] or "-", row["source"] or "-", f"{row['problems']}",
+                      f"{row['samples']}",
                       percent(row["accuracy"]) + percent(row["standard_error"], " ± "),
                       ", ".join(percent(p, f"{k}: ") for k, p in row["pass_at_k"].items()),
                       f"{percent(row['majority']) or '-'} @{row['n']}", tokens])
@@ -2592,11 +2583,10 @@ def resume(out, rows, summary):
         for line in file:
             if line.startswith(b"{") and not line.endswith(b"\n"):
                 break
-            place, given = next(rows, ("any row of the input", {}))
+            place, given = next(rows, ("any row of the input", None))
             try:
                 row = json.loads(line)
-                same = all(given.get(name) == row.get(name)
-                           for name in ("source", "id", "sample", "response"))
+                same = given.items() <= row.items()
                 summary.add(row)
             except (ValueError, LookupError, TypeError, AttributeError):
                 same = False
@@ -2636,12 +2626,12 @@ def keep(verified, path, per_problem):
     """Write the passing rows, at most per_problem of each problem, the shortest first: long
     answers to easy questions are not rewarded. Exact duplicates are dropped. The file appears
     when it is complete. Returns the counts (kept, duplicates, beyond per_problem)."""
-    passing, count, start = collections.defaultdict(dict), 0, 0
+    passing, passed, start = collections.defaultdict(dict), 0, 0
     with open(verified, "rb") as file, open(f"{path}.part", "wb") as out:
         for line in file:
             row = json.loads(line)
             if row["passed"]:
-                count += 1
+                passed += 1
                 text = row["response"]  # of which the hash, 64 bits, is enough within a problem
                 passing[problem_key(row)].setdefault(hash(text), (len(text), start))
             start += len(line)
@@ -2652,7 +2642,7 @@ def keep(verified, path, per_problem):
             out.write(file.readline())
     os.replace(out.name, path)
     different = sum(map(len, passing.values()))
-    return len(chosen), count - different, different - len(chosen)
+    return len(chosen), passed - different, different - len(chosen)
 
 
 def parse_arguments():
@@ -2706,7 +2696,7 @@ def main():
     told = False
     with open(args.out, "a", encoding="utf-8", errors="surrogatepass") as out:
         for row in tqdm(itertools.chain(head, rows), initial=done, unit=" samples", disable=None):
-            if row["kind"] == "code" and row["extracted"] and not told:
+            if row["kind"] == "code" and not told:
                 told = True
                 print(ask("containment_verdict", args.allow_unsafe).reason, file=sys.stderr)
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -2714,17 +2704,18 @@ def main():
             summary.add(row)
 
     # 4. keep and print
-    kept = keep(args.out, args.keep, args.per_problem) if args.keep else None
+    kept, duplicates, beyond = (
+        keep(args.out, args.keep, args.per_problem) if args.keep else [None] * 3)
     if args.json:
-        print(json.dumps({"rows": summary.rows(), "kept": kept[0] if kept else None,
+        print(json.dumps({"rows": summary.rows(), "kept": kept,
                           "grader_errors": summary.grader_errors}))
         return
     print(table(summary.rows()))
     if summary.grader_errors:
         print(f"{len(summary.grader_errors)} samples have no verdict, the grader failed:",
               *summary.grader_errors[:20], sep="\n  ")
-    if kept:
-        print(f"kept {kept[0]}, dropped {kept[1]} duplicates and {kept[2]} beyond --per_problem")
+    if args.keep:
+        print(f"kept {kept}, dropped {duplicates} duplicates and {beyond} beyond --per_problem")
 
 
 if __name__ == "__main__":
@@ -2738,8 +2729,6 @@ if __name__ == "__main__":
             from tqdm import tqdm  # the command alone needs it
             main()
         except (BadInput, OSError, RuntimeError) as error:
-            if getattr(error, "filename", None):
-                error = f"{error.filename}: {error.strerror}"
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:

@@ -1712,10 +1712,9 @@ def zygote(descriptor):
     gc.collect()
     gc.freeze()
     uid = private_user()
-    machine = os.uname().machine
-    filtered = machine in MACHINES and libc.prctl(21) >= 0  # PR_GET_SECCOMP
+    filtered = os.uname().machine in MACHINES and libc.prctl(21) >= 0  # PR_GET_SECCOMP
     own = {"parent": os.getpid(), "uid": uid, "tasks": tasks_of(uid or os.getuid()) + 500,
-           "filter": system_call_filter(machine) if filtered else b""}
+           "filtered": filtered}
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     channel.send(b"programs are confined by limits" + b", a user of their own" * bool(uid)
                  + b", a system-call filter" * filtered)
@@ -1838,9 +1837,8 @@ def confine(request):
     libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != request["parent"]:
         os._exit(71)
-    if request["filter"]:
-        install_filter(request["filter"].replace(struct.pack("I", OWN_PID),
-                                                 struct.pack("I", os.getpid())))
+    if request["filtered"]:
+        install_filter(system_call_filter())
 
 
 def limit_resources(request):
@@ -1896,21 +1894,20 @@ openat2 437 437 no_call, clone 56 220 clone, kill 62 129 kill, tgkill 234 131 ki
 prlimit64 302 261 prlimit64, fcntl 72 25 fcntl
 """
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-OWN_PID = 0x7E57AB1E  # stands for the process's own number, no other is as large
 MACHINES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column, architecture
 
 
-def system_call_filter(machine):
+def system_call_filter():
     """The program (linux/filter.h) of an allow-list: threads but no processes, signals and limits
     of its own alone, no file as if there were none, and EPERM for all else."""
-    column, architecture = MACHINES[machine]
+    column, architecture = MACHINES[os.uname().machine]
     allow, kill = instruction(RETURN, 0x7FFF0000), instruction(RETURN, 0x80000000)
     refuse, no_file, no_call = (instruction(RETURN, 0x50000 | number)
                                 for number in (errno.EPERM, errno.ENOENT, errno.ENOSYS))
     first, second = instruction(LOAD, 16), instruction(LOAD, 24)  # arguments, their lower 32 bits
-    own = when(EQUAL, OWN_PID, allow)
+    own = when(EQUAL, os.getpid(), allow)
     rules = {
-        "": allow, "no_file": no_file, "no_call": no_call, "kill": first + own + refuse,
+        "no_file": no_file, "no_call": no_call, "kill": first + own + refuse,
         "clone": first + when(ANY_BIT, 0x10000, allow) + refuse,  # CLONE_THREAD
         "prlimit64": first + when(EQUAL, 0, allow) + own + refuse,
         "fcntl": second + b"".join(when(EQUAL, command, refuse) for command in (
@@ -1918,9 +1915,9 @@ def system_call_filter(machine):
     program = instruction(LOAD, 4) + instruction(EQUAL, architecture, 1) + kill
     program += instruction(LOAD, 0) + when(AT_LEAST, 0x40000000, refuse)  # calls of x32
     for entry in SYSTEM_CALLS.split(","):
-        fields = [*entry.split(), ""]
+        fields = entry.split()
         if fields[column] != "-1":
-            program += when(EQUAL, int(fields[column]), rules[fields[3]])
+            program += when(EQUAL, int(fields[column]), rules.get(fields[-1], allow))
     return program + refuse
 
 
@@ -1963,27 +1960,28 @@ def run_solution(mode, setup, code, *call):
     module = type(sys)("__main__" if mode == "main" else "solution")
     sys.modules["__main__"] = sys.modules[module.__name__] = module
     sys.argv[:] = ["program.py"]
-    module.__file__, module.__builtins__ = "program.py", builtins
+    namespace = vars(module)
+    namespace.update(__file__="program.py", __builtins__=builtins)
     if mode != "main":
         sys.setrecursionlimit(50_000)
         vars(builtins).update(CONTEST_NAMES | vars(builtins))
     status = 0
     try:
         for text, name in (setup, "setup.py"), (code, "program.py"):
-            exec(compile(text, name, "exec"), module.__dict__)
+            exec(compile(text, name, "exec"), namespace)
         if mode == "call":
             name, arguments = call
-            holder = module.__dict__.get("Solution")
-            function = getattr(holder(), name) if hasattr(holder, name) else module.__dict__[name]
+            holder = namespace.get("Solution")
+            function = getattr(holder(), name) if hasattr(holder, name) else namespace[name]
             os.write(3, json.dumps(function(*arguments), default=as_json).encode())
         elif mode == "assert":
-            answer_calls(module.__dict__)
+            answer_calls(namespace)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else error.code is not None
     # as at an interpreter's end; files that the program left open are closed with their names
     flush = [lambda: sys.stdout.flush(), sys.__stdout__.flush]
-    for finish in (threading._shutdown, atexit._run_exitfuncs, *flush, module.__dict__.clear,
-                   gc.collect, *flush):
+    for finish in (threading._shutdown, atexit._run_exitfuncs, *flush, namespace.clear, gc.collect,
+                   *flush):
         try:
             finish()
         except BaseException:  # it has closed or replaced them: what it printed tells
@@ -2009,8 +2007,8 @@ def as_json(value):
 
 
 def unwrapped(value):
-    """numpy's value as a plain one. NotPlain for what is not numpy's."""
-    if type(value).__module__.split(".")[0] == "numpy" and hasattr(value, "tolist"):
+    """A value of numpy's as a plain one. NotPlain for what is none."""
+    if hasattr(value, "tolist"):
         return value.tolist()
     raise NotPlain(f"a {type(value).__name__} does not leave its process")
 
@@ -2348,53 +2346,30 @@ def verify_sample(sample, **options):
 
 
 def problem_key(row):
-    """A number, within this process, for a problem's id or, where it has none, its prompt."""
-    return hash(json.dumps([row.get("source"), row.get("id", row.get("prompt"))]))
+    """What tells problems apart: the id, or the prompt where there is none."""
+    return json.dumps([row.get("source"), row.get("id", row.get("prompt"))])
 
 
-class Counted(NamedTuple):
-    """What a score takes of a verified row."""
-    problem: int
-    passed: bool
-    vote: bool | str | None  # True if correct, else the answer, "" without one; None of a program
-    num_tokens: object
-    reason: str
+def scores(rows):
+    """The figures of verified rows: one dict for each source of each model, and one for all of a
+    model's several."""
+    models = collections.defaultdict(lambda: collections.defaultdict(list))
+    for row in rows:
+        models[str(row.get("model") or "")][str(row.get("source") or "")].append(row)
+    scores = []
+    for model, sources in sorted(models.items()):
+        scores += [score(model, source, rows) for source, rows in sorted(sources.items())]
+        if len(sources) > 1:
+            scores.append(score(model, "all", list(itertools.chain(*sources.values()))))
+    return scores
 
 
-class Summary:
-    """The verified rows by model and source, without their long texts."""
-
-    def __init__(self):
-        self.models = collections.defaultdict(lambda: collections.defaultdict(list))
-        self.grader_errors = []
-
-    def add(self, row):
-        source, reason = str(row.get("source", "")), re.sub(r" on test \d+$", "", row["reason"])
-        if reason.startswith(GRADER_ERROR):
-            self.grader_errors.append(f"{source} {row.get('id')}: {reason}")
-            reason = GRADER_ERROR
-        vote = row["passed"] or squash(row["extracted"] or "")
-        self.models[str(row.get("model") or "")][source].append(Counted(
-            problem_key(row), row["passed"], None if row["kind"] == "code" else vote,
-            row.get("num_tokens"), reason))
-
-    def rows(self):
-        """One dict for each source of each model, and one for all of a model's several."""
-        rows = []
-        for model, sources in sorted(self.models.items()):
-            rows += [score(model, *source) for source in sorted(sources.items())]
-            if len(sources) > 1:
-                rows.append(score(model, "all", list(itertools.chain(*sources.values()))))
-        return rows
-
-
-def score(model, source, counted):
-    """The figures of some verified rows. The standard error is that of the mean over problems of
-    their means."""
+def score(model, source, rows):
+    """The standard error is that of the mean over problems of their means."""
     problems = collections.defaultdict(list)
-    for sample in counted:
-        problems[sample.problem].append(sample)
-    results = [(len(samples), sum(sample.passed for sample in samples))
+    for row in rows:
+        problems[problem_key(row)].append(row)
+    results = [(len(samples), sum(row["passed"] for row in samples))
                for samples in problems.values()]
     means = [passed / n for n, passed in results]
     error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
@@ -2402,11 +2377,11 @@ def score(model, source, counted):
     ks = sorted({most, *(2 ** i for i in range(most.bit_length()))})
     chances = {k: statistics.fmean(pass_at_k(n, passed, k) for n, passed in results if n >= k)
                for k in ks}
-    voted = [majority([sample.vote for sample in samples]) for samples in problems.values()
-             if samples[0].vote is not None]
-    tokens = [sample.num_tokens for sample in counted if isinstance(sample.num_tokens, int)]
-    reasons = collections.Counter(sample.reason for sample in counted)
-    return {"model": model, "source": source, "problems": len(problems), "samples": len(counted),
+    voted = [majority(samples) for samples in problems.values() if samples[0]["kind"] != "code"]
+    tokens = [row["num_tokens"] for row in rows if isinstance(row.get("num_tokens"), int)]
+    reasons = collections.Counter(
+        re.sub(rf" on test \d+$|(?<={GRADER_ERROR}): .*", "", row["reason"]) for row in rows)
+    return {"model": model, "source": source, "problems": len(problems), "samples": len(rows),
             "accuracy": statistics.fmean(means), "standard_error": error, "pass_at_k": chances,
             "majority": statistics.fmean(voted) if voted else None, "n": most,
             "mean_tokens": statistics.fmean(tokens) if tokens else None,
@@ -2418,8 +2393,10 @@ def pass_at_k(n, passed, k):
     return 1 - math.comb(n - passed, k) / math.comb(n, k)
 
 
-def majority(votes):
-    """1 where the answer given most often is correct; ties share it."""
+def majority(samples):
+    """1 where the answer given most often is correct; ties share it. All correct ones are equal,
+    and wrong ones of one spelling; no answer is no vote."""
+    votes = [row["passed"] or squash(row["extracted"] or "") for row in samples]
     leaders = statistics.multimode(filter(None, votes)) or [""]
     return (True in leaders) / len(leaders)
 
@@ -2483,8 +2460,7 @@ def end_with_parent():
     libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
         if b"python" not in file.read():
-            print("error: what started this process is gone", file=sys.stderr, flush=True)
-            os._exit(1)
+            sys.exit("error: what started this process is gone")
 
 
 class Unread(io.FileIO):
@@ -2507,8 +2483,7 @@ def begin_script():
     Unread.null = null
     sys.stdout, sys.stderr = (io.TextIOWrapper(
         io.BufferedWriter(Unread(number, "w", closefd=False)), line_buffering=True,
-        encoding=getattr(before, "encoding", None), errors="backslashreplace")
-        for number, before in ((1, sys.stdout), (2, sys.stderr)))
+        errors="backslashreplace") for number in (1, 2))
     if "TORCHELASTIC_RUN_ID" in os.environ and os.getsid(0) == os.getpid():
         end_with_parent()
 
@@ -2575,7 +2550,7 @@ def input_rows(names):
                     yield f"{name}:{number}", row
 
 
-def resume(out, rows, summary):
+def resume(out, rows):
     """Skip the rows that `out` holds already: a line that a kill has torn is cut off, and each must
     be the verdict on its row. Returns how many there are."""
     count = end = 0
@@ -2586,9 +2561,8 @@ def resume(out, rows, summary):
             place, given = next(rows, ("any row of the input", None))
             try:
                 row = json.loads(line)
-                same = given.items() <= row.items()
-                summary.add(row)
-            except (ValueError, LookupError, TypeError, AttributeError):
+                same = row == given | {name: row[name] for name in Verdict._fields}
+            except (ValueError, LookupError, TypeError):
                 same = False
             if not same:
                 raise BadInput(f"{out}: row {count + 1} is not the verdict on {place}: "
@@ -2622,27 +2596,40 @@ def verified(place, row, options):
         raise BadInput(f"{place}: {error}") from None
 
 
-def keep(verified, path, per_problem):
+def read_back(verified):
+    """The verified rows, of their long texts only what `keep` takes of the response: its length,
+    its hash and where in the file its row starts."""
+    rows, start = [], 0
+    with open(verified, "rb") as file:
+        for line in file:
+            row = json.loads(line)
+            text = row["response"]
+            short = {"id": row.get("id", row.get("prompt")),
+                     "response": (len(text), hash(text), start)}
+            rows.append(short | {name: row.get(name) for name in (
+                "model", "source", "kind", "passed", "extracted", "reason", "num_tokens")})
+            start += len(line)
+    return rows
+
+
+def keep(verified, rows, path, per_problem):
     """Write the passing rows, at most per_problem of each problem, the shortest first: long
     answers to easy questions are not rewarded. Exact duplicates are dropped. The file appears
     when it is complete. Returns the counts (kept, duplicates, beyond per_problem)."""
-    passing, passed, start = collections.defaultdict(dict), 0, 0
+    problems = collections.defaultdict(dict)
+    passing = [row for row in rows if row["passed"]]
+    for row in passing:
+        length, text, start = row["response"]
+        problems[problem_key(row)].setdefault(text, (length, start))
+    chosen = [start for samples in problems.values()
+              for _, start in sorted(samples.values())[:per_problem]]
     with open(verified, "rb") as file, open(f"{path}.part", "wb") as out:
-        for line in file:
-            row = json.loads(line)
-            if row["passed"]:
-                passed += 1
-                text = row["response"]  # of which the hash, 64 bits, is enough within a problem
-                passing[problem_key(row)].setdefault(hash(text), (len(text), start))
-            start += len(line)
-        chosen = [start for samples in passing.values()
-                  for _, start in sorted(samples.values())[:per_problem]]
         for start in sorted(chosen):
             file.seek(start)
             out.write(file.readline())
     os.replace(out.name, path)
-    different = sum(map(len, passing.values()))
-    return len(chosen), passed - different, different - len(chosen)
+    different = sum(map(len, problems.values()))
+    return len(chosen), len(passing) - different, different - len(chosen)
 
 
 def parse_arguments():
@@ -2680,8 +2667,8 @@ def main():
             raise BadInput(f"{path} is a folder: name a file")
 
     # 2. what an earlier run has done; a first row that is refused creates nothing
-    summary, rows = Summary(), input_rows(args.samples)
-    done = resume(args.out, rows, summary) if os.path.exists(args.out) else 0
+    rows = input_rows(args.samples)
+    done = resume(args.out, rows) if os.path.exists(args.out) else 0
     if done:
         print(f"{args.out}: {done} rows are verified already", file=sys.stderr)
     rows = verified_rows(rows, args.workers, {
@@ -2701,19 +2688,20 @@ def main():
                 print(ask("containment_verdict", args.allow_unsafe).reason, file=sys.stderr)
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
-            summary.add(row)
 
     # 4. keep and print
+    rows = read_back(args.out)
     kept, duplicates, beyond = (
-        keep(args.out, args.keep, args.per_problem) if args.keep else [None] * 3)
+        keep(args.out, rows, args.keep, args.per_problem) if args.keep else [None] * 3)
+    errors = [f"{row['source']} {row['id']}: {row['reason']}" for row in rows
+              if row["reason"].startswith(GRADER_ERROR)]
     if args.json:
-        print(json.dumps({"rows": summary.rows(), "kept": kept,
-                          "grader_errors": summary.grader_errors}))
+        print(json.dumps({"rows": scores(rows), "kept": kept, "grader_errors": errors}))
         return
-    print(table(summary.rows()))
-    if summary.grader_errors:
-        print(f"{len(summary.grader_errors)} samples have no verdict, the grader failed:",
-              *summary.grader_errors[:20], sep="\n  ")
+    print(table(scores(rows)))
+    if errors:
+        print(f"{len(errors)} samples have no verdict, the grader failed:", *errors[:20],
+              sep="\n  ")
     if args.keep:
         print(f"kept {kept}, dropped {duplicates} duplicates and {beyond} beyond --per_problem")
 

@@ -1512,7 +1512,7 @@ def same_result(expected, got):
         return len(expected) == len(got) and all(map(same_result, expected, got))
     if isinstance(expected, float) and kinds <= {int, float}:
         return close(expected, got)
-    return expected == got and (len(kinds) == 1 or kinds == {int, float})
+    return expected == got and bool not in kinds or expected is got
 
 
 def close(expected, got):
@@ -1545,7 +1545,6 @@ class Sandbox:
             cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()])
         theirs.close()
-        self.containment = self.socket.recv(1000).decode()
         codes, output, _ = self.run("main", ["", PROBE], str(os.getpid()).encode())
         if codes != [0]:  # for want of time or memory
             raise RuntimeError(f"the sandbox's own test ended with {codes}")
@@ -1623,8 +1622,10 @@ def the_sandbox(allow_unsafe=False):
 
 
 def containment_verdict(allow_unsafe):
-    """What confines programs here, as the reason of a verdict."""
-    return Verdict(True, the_sandbox(allow_unsafe).containment)
+    """Whether programs are confined here, as the reason of a verdict."""
+    holes = ", ".join(the_sandbox(allow_unsafe).holes)
+    return Verdict(True, f"programs are not confined: one could {holes}" if holes else
+                   "programs are confined: limits, a system-call filter")
 
 
 def program_verdict(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=False):
@@ -1712,12 +1713,9 @@ def zygote(descriptor):
     gc.collect()
     gc.freeze()
     uid = private_user()
-    filtered = os.uname().machine in MACHINES and libc.prctl(21) >= 0  # PR_GET_SECCOMP
     own = {"parent": os.getpid(), "uid": uid, "tasks": tasks_of(uid or os.getuid()) + 500,
-           "filtered": filtered}
+           "filtered": os.uname().machine in MACHINES and libc.prctl(21) >= 0}  # PR_GET_SECCOMP
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    channel.send(b"programs are confined by limits" + b", a user of their own" * bool(uid)
-                 + b", a system-call filter" * filtered)
     while True:
         message, files, _, _ = socket.recv_fds(channel, 10000, 4)
         if not message:
@@ -2691,19 +2689,18 @@ def main():
 
     # 4. keep and print
     rows = read_back(args.out)
-    kept, duplicates, beyond = (
-        keep(args.out, rows, args.keep, args.per_problem) if args.keep else [None] * 3)
+    counts = keep(args.out, rows, args.keep, args.per_problem) if args.keep else [None]
     errors = [f"{row['source']} {row['id']}: {row['reason']}" for row in rows
               if row["reason"].startswith(GRADER_ERROR)]
     if args.json:
-        print(json.dumps({"rows": scores(rows), "kept": kept, "grader_errors": errors}))
+        print(json.dumps({"rows": scores(rows), "kept": counts[0], "grader_errors": errors}))
         return
     print(table(scores(rows)))
     if errors:
         print(f"{len(errors)} samples have no verdict, the grader failed:", *errors[:20],
               sep="\n  ")
     if args.keep:
-        print(f"kept {kept}, dropped {duplicates} duplicates and {beyond} beyond --per_problem")
+        print("kept {}, dropped {} duplicates and {} beyond --per_problem".format(*counts))
 
 
 if __name__ == "__main__":

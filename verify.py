@@ -1512,7 +1512,7 @@ def same_result(expected, got):
         return len(expected) == len(got) and all(map(same_result, expected, got))
     if isinstance(expected, float) and kinds <= {int, float}:
         return close(expected, got)
-    return expected == got and bool not in kinds or expected is got
+    return (expected == got and bool not in kinds) or expected is got
 
 
 def close(expected, got):
@@ -2226,7 +2226,7 @@ class Worker:
         theirs.close()
 
 
-IDLE, BUSY = [], set()
+IDLE = []
 os.register_at_fork(after_in_child=IDLE.clear)  # they are the parent's
 
 
@@ -2240,15 +2240,12 @@ def ask(name, *arguments, **options):
     except (IndexError, OSError):  # there is none, or it has ended meanwhile
         worker = Worker()
         worker.connection.send(call)
-    BUSY.add(worker)
     try:
         outcome = worker.connection.recv()
         IDLE.append(worker)
     except (EOFError, OSError):
         late = worker.process.wait() == -signal.SIGALRM
         outcome = False, "timeout" if late else f"{GRADER_ERROR}: its process ended"
-    finally:
-        BUSY.remove(worker)
     if isinstance(outcome, str):
         raise BadInput(outcome)
     return Verdict(*outcome)
@@ -2574,17 +2571,12 @@ def verified_rows(rows, workers, options):
     """The rows with their verdicts, in their order. So many are judged at once, each by a thread
     that waits for its worker; a bounded number is read ahead."""
     ahead, threads = collections.deque(), concurrent.futures.ThreadPoolExecutor(workers)
-    try:
-        while True:
-            for place, row in itertools.islice(rows, 16 * workers - len(ahead)):
-                ahead.append(threads.submit(verified, place, row, options))
-            if not ahead:
-                return
-            yield ahead.popleft().result()
-    finally:
-        threads.shutdown(wait=False, cancel_futures=True)
-        for worker in [*BUSY]:
-            worker.process.kill()
+    while True:
+        for place, row in itertools.islice(rows, 16 * workers - len(ahead)):
+            ahead.append(threads.submit(verified, place, row, options))
+        if not ahead:
+            return
+        yield ahead.popleft().result()
 
 
 def verified(place, row, options):
@@ -2715,6 +2707,6 @@ if __name__ == "__main__":
             main()
         except (BadInput, OSError, RuntimeError) as error:
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            os._exit(2)  # without waiting for the workers: they end with this process
         except KeyboardInterrupt:
-            sys.exit(130)
+            os._exit(130)

@@ -144,8 +144,6 @@ TOKEN = re.compile(r"\s+|⟪[^⟫]*⟫|\d+(?:\.\d+)?[eE][+-]?\d+(?![A-Za-z])|\d+
 
 TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
         "<|end_of_solution|>")  # plain text to Qwen's tokenizer
-TEST_FORMS = ({"input": str, "output": str}, {"assert": str},
-              {"fn_name": str, "args": list, "expected": object})
 PYTHON = re.compile(r"py(?:thon)?[\d.]*+")  # labels of a program
 FENCE = re.compile(r"(?<![`~])(`{3,}+|~{3,}+)[ \t]*+([\w+#.{}-]*+)([^`~]*+)$")
 DECIMAL = re.compile(
@@ -1462,9 +1460,12 @@ def syntax_tree(source):
 
 
 def is_test(test):
-    return (isinstance(test, dict) and isinstance(test.get("setup", ""), str)
-            and any(all(name in test and isinstance(test[name], kind)
-                        for name, kind in form.items()) for form in TEST_FORMS))
+    match test:
+        case ({"input": str(), "output": str()}
+              | {"assert": str()}
+              | {"fn_name": str(), "args": list(), "expected": _}):
+            return isinstance(test.get("setup", ""), str)
+    return False
 
 
 def can_fail(test):
@@ -1557,8 +1558,8 @@ class Sandbox:
         printed; and the result: an error's name, a call's value or the judge's verdict. With a
         judge, the program's own result is in the place of what was printed."""
         request = {"mode": mode, "timeout": timeout, "memory": memory}
-        files = [memory_file(json.dumps(source).encode()), memory_file(given),
-                 memory_file(), memory_file()]
+        files = [memory_file(content) for content in (
+            json.dumps(source).encode(), given, b"", b"")]
         try:
             socket.send_fds(self.socket, [json.dumps(request).encode()], files)
             codes = json.loads(self.socket.recv(10000))
@@ -1568,7 +1569,7 @@ class Sandbox:
                 os.close(file)
 
 
-def memory_file(content=b""):
+def memory_file(content):
     """A file without a name, to be read from its start."""
     file = os.memfd_create("sky-t1")
     os.pwrite(file, content, 0)
@@ -1842,9 +1843,12 @@ def confine(request):
 def limit_resources(request):
     seconds = math.ceil(request["timeout"])
     set_limit(resource.RLIMIT_CPU, seconds, seconds + 1)
-    for kind, most in ((resource.RLIMIT_AS, request["memory"]), (resource.RLIMIT_CORE, 0),
-                       (resource.RLIMIT_FSIZE, MAX_OUTPUT), (resource.RLIMIT_NOFILE, 64),
-                       (resource.RLIMIT_NPROC, request["tasks"])):
+    for kind, most in (
+            (resource.RLIMIT_AS, request["memory"]),
+            (resource.RLIMIT_CORE, 0),
+            (resource.RLIMIT_FSIZE, MAX_OUTPUT),
+            (resource.RLIMIT_NOFILE, 64),
+            (resource.RLIMIT_NPROC, request["tasks"])):
         set_limit(kind, most, most)
 
 
@@ -1899,13 +1903,17 @@ def system_call_filter():
     """The program (linux/filter.h) of an allow-list: threads but no processes, signals and limits
     of its own alone, no file as if there were none, and EPERM for all else."""
     column, architecture = MACHINES[os.uname().machine]
-    allow, kill = instruction(RETURN, 0x7FFF0000), instruction(RETURN, 0x80000000)
+    allow = instruction(RETURN, 0x7FFF0000)
+    kill = instruction(RETURN, 0x80000000)
     refuse, no_file, no_call = (instruction(RETURN, 0x50000 | number)
                                 for number in (errno.EPERM, errno.ENOENT, errno.ENOSYS))
-    first, second = instruction(LOAD, 16), instruction(LOAD, 24)  # arguments, their lower 32 bits
+    first = instruction(LOAD, 16)  # the lower 32 bits of an argument
+    second = instruction(LOAD, 24)
     own = when(EQUAL, os.getpid(), allow)
     rules = {
-        "no_file": no_file, "no_call": no_call, "kill": first + own + refuse,
+        "no_file": no_file,
+        "no_call": no_call,
+        "kill": first + own + refuse,
         "clone": first + when(ANY_BIT, 0x10000, allow) + refuse,  # CLONE_THREAD
         "prlimit64": first + when(EQUAL, 0, allow) + own + refuse,
         "fcntl": second + b"".join(when(EQUAL, command, refuse) for command in (
@@ -2017,14 +2025,12 @@ class NotPlain(Exception):
 
 def error_name(error):
     """What a process says of an exception."""
-    name = type(error).__name__
     if isinstance(error, MemoryError):
-        name = "memory"
-    elif isinstance(error, SyntaxError):
-        name = "syntax error"
-    elif isinstance(error, NotPlain):
-        name = str(error)
-    return name.encode()
+        return b"memory"
+    if isinstance(error, SyntaxError):
+        return b"syntax error"
+    name = error if isinstance(error, NotPlain) else type(error).__name__
+    return f"{name}".encode()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2376,11 +2382,18 @@ def score(model, source, rows):
     tokens = [row["num_tokens"] for row in rows if isinstance(row.get("num_tokens"), int)]
     reasons = collections.Counter(
         re.sub(rf" on test \d+$|(?<={GRADER_ERROR}): .*", "", row["reason"]) for row in rows)
-    return {"model": model, "source": source, "problems": len(problems), "samples": len(rows),
-            "accuracy": statistics.fmean(means), "standard_error": error, "pass_at_k": chances,
-            "majority": statistics.fmean(voted) if voted else None, "n": most,
-            "mean_tokens": statistics.fmean(tokens) if tokens else None,
-            "reasons": dict(reasons.most_common())}
+    return {
+        "model": model,
+        "source": source,
+        "problems": len(problems),
+        "samples": len(rows),
+        "accuracy": statistics.fmean(means),
+        "standard_error": error,
+        "pass_at_k": chances,
+        "majority": statistics.fmean(voted) if voted else None,
+        "n": most,
+        "mean_tokens": statistics.fmean(tokens) if tokens else None,
+        "reasons": dict(reasons.most_common())}
 
 
 def pass_at_k(n, passed, k):
@@ -2412,13 +2425,11 @@ PUBLISHED = {
 def published(rows):
     """The published accuracies of the rows' sources, a line each. Their standard error is that of
     one answer to each of as many problems as a row has: 9 points for AIME's 30."""
-    lines = []
-    for row in rows:
-        if row["source"] in PUBLISHED:
-            beside = [f"{name} {score} ± {math.sqrt(score * (100 - score) / row['problems']):.1f}"
-                      for name, score in zip(MODELS, PUBLISHED[row["source"]], strict=True)]
-            lines.append(f"{row['source']} as published: {', '.join(beside)}")
-    return lines
+    problems = {row["source"]: row["problems"] for row in rows}
+    for source in sorted(PUBLISHED.keys() & problems.keys()):
+        beside = [f"{name} {score} ± {math.sqrt(score * (100 - score) / problems[source]):.1f}"
+                  for name, score in zip(MODELS, PUBLISHED[source], strict=True)]
+        yield f"{source} as published: {', '.join(beside)}"
 
 
 def table(rows):
@@ -2430,17 +2441,21 @@ def table(rows):
                   collections.Counter())
     for row in rows:
         tokens = "-" if row["mean_tokens"] is None else f"{row['mean_tokens']:.0f}"
-        lines.append([row["model"] or "-", row["source"] or "-", f"{row['problems']}",
-                      f"{row['samples']}",
-                      percent(row["accuracy"]) + percent(row["standard_error"], " ± "),
-                      ", ".join(percent(p, f"{k}: ") for k, p in row["pass_at_k"].items()),
-                      f"{percent(row['majority']) or '-'} @{row['n']}", tokens])
+        lines.append([
+            row["model"] or "-",
+            row["source"] or "-",
+            f"{row['problems']}",
+            f"{row['samples']}",
+            percent(row["accuracy"]) + percent(row["standard_error"], " ± "),
+            ", ".join(percent(p, f"{k}: ") for k, p in row["pass_at_k"].items()),
+            f"{percent(row['majority']) or '-'} @{row['n']}",
+            tokens])
     if len({row["model"] for row in rows}) == 1:
         lines = [line[1:] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-    return "\n".join([*text, *dict.fromkeys(published(rows)), "", "; ".join(
-        f"{reason} {count}" for reason, count in reasons.most_common())])
+    counts = "; ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+    return "\n".join([*text, *published(rows), "", counts])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1537,13 +1537,19 @@ class Sandbox:
 
     def __init__(self, file=__file__):
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = {"LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",
-                       # some builds of Python do not start without
-                       "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
+        environment = {
+            "LC_ALL": "C.UTF-8",
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_ARENA_MAX": "2",
+            # some builds of Python do not start without
+            "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         set_limit(resource.RLIMIT_STACK, 1 << 29)  # for deep recursion: it takes effect at an exec
         self.process = subprocess.Popen(
-            [sys.executable, "-I", file, "--zygote", str(theirs.fileno())], env=environment,
-            cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            [sys.executable, "-I", file, "--zygote", str(theirs.fileno())],
+            env=environment,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()])
         theirs.close()
         codes, output, _ = self.run("main", ["", PROBE], str(os.getpid()).encode())
@@ -1710,12 +1716,14 @@ def zygote(descriptor):
     for name in PRELOADED:
         try_import(name)
     sys.meta_path.insert(0, Shelf())
-    sys.stdout.flush()  # what a module has printed
     gc.collect()
     gc.freeze()
     uid = private_user()
-    own = {"parent": os.getpid(), "uid": uid, "tasks": tasks_of(uid or os.getuid()) + 500,
-           "filtered": os.uname().machine in MACHINES and libc.prctl(21) >= 0}  # PR_GET_SECCOMP
+    own = {
+        "parent": os.getpid(),
+        "uid": uid,
+        "tasks": tasks_of(uid or os.getuid()) + 500,
+        "filtered": os.uname().machine in MACHINES and libc.prctl(21) >= 0}  # PR_GET_SECCOMP
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     while True:
         message, files, _, _ = socket.recv_fds(channel, 10000, 4)
@@ -1986,8 +1994,13 @@ def run_solution(mode, setup, code, *call):
         status = error.code if isinstance(error.code, int) else error.code is not None
     # as at an interpreter's end; files that the program left open are closed with their names
     flush = [lambda: sys.stdout.flush(), sys.__stdout__.flush]
-    for finish in (threading._shutdown, atexit._run_exitfuncs, *flush, namespace.clear, gc.collect,
-                   *flush):
+    for finish in (
+            threading._shutdown,
+            atexit._run_exitfuncs,
+            *flush,
+            namespace.clear,
+            gc.collect,
+            *flush):
         try:
             finish()
         except BaseException:  # it has closed or replaced them: what it printed tells
@@ -1995,8 +2008,13 @@ def run_solution(mode, setup, code, *call):
     os._exit(status & 255)
 
 
-STANDARD_FILES = {"/dev/stdin": 0, "/dev/fd/0": 0, "/proc/self/fd/0": 0, "/dev/stdout": 1,
-                  "/dev/stderr": 2, os.devnull: 2}
+STANDARD_FILES = {
+    "/dev/stdin": 0,
+    "/dev/fd/0": 0,
+    "/proc/self/fd/0": 0,
+    "/dev/stdout": 1,
+    "/dev/stderr": 2,
+    os.devnull: 2}
 
 
 def open_by_number(file, *arguments, real=io.open, **keywords):
@@ -2206,8 +2224,8 @@ def keeps_structure(sample):
     if pieces[1::2] != list(TAGS):
         return False
     head, thought, _, solution, tail = pieces[::2]
-    before = original.partition(TAGS[0])[2].partition(TAGS[1])[0].strip() or original.strip()
-    if (head + tail).strip() or len(thought.strip()) < 0.8 * len(before):
+    before = original.partition(TAGS[0])[2].partition(TAGS[1])[0].strip()
+    if (head + tail).strip() or len(thought.strip()) < 0.8 * len(before or original.strip()):
         return False
     find = {"math": extract_answer, "choice": find_letter, "code": find_program}[kind]
     ours, theirs = find(solution), find(original)
@@ -2228,7 +2246,9 @@ class Worker:
         self.connection, theirs = multiprocessing.Pipe()
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", str(theirs.fileno())],
-            stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True)
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True)
         theirs.close()
 
 
@@ -2677,7 +2697,9 @@ def main():
     if done:
         print(f"{args.out}: {done} rows are verified already", file=sys.stderr)
     rows = verified_rows(rows, args.workers, {
-        "timeout": args.timeout, "memory": args.memory, "allow_unsafe": args.allow_unsafe})
+        "timeout": args.timeout,
+        "memory": args.memory,
+        "allow_unsafe": args.allow_unsafe})
     head = list(itertools.islice(rows, 1))
     if not head and not done:
         raise BadInput(f"{', '.join(args.samples)}: no samples")
@@ -2700,7 +2722,10 @@ def main():
     errors = [f"{row['source']} {row['id']}: {row['reason']}" for row in rows
               if row["reason"].startswith(GRADER_ERROR)]
     if args.json:
-        print(json.dumps({"rows": scores(rows), "kept": counts[0], "grader_errors": errors}))
+        print(json.dumps({
+            "rows": scores(rows),
+            "kept": counts[0],
+            "grader_errors": errors}))
         return
     print(table(scores(rows)))
     if errors:

@@ -50,7 +50,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import unicodedata
 import warnings
 import zoneinfo
@@ -2402,7 +2401,8 @@ def score(model, source, rows):
     chances = {k: statistics.fmean(pass_at_k(n, passed, k) for n, passed in results if n >= k)
                for k in ks}
     voted = [majority(samples) for samples in problems.values() if samples[0]["kind"] != "code"]
-    tokens = [row["num_tokens"] for row in rows if isinstance(row.get("num_tokens"), int)]
+    tokens = [row["num_tokens"] for row in rows
+              if isinstance(row.get("num_tokens"), int) and row["num_tokens"] < 1 << 53]
     reasons = collections.Counter(
         re.sub(rf" on test \d+$|(?<={GRADER_ERROR}): .*", "", row["reason"]) for row in rows)
     return {

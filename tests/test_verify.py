@@ -534,7 +534,9 @@ def test_a_line_broken_in_the_middle_is_refused_and_nothing_after_it_is_lost(tmp
     assert out.read_text() == first + "{torn\n" + third
 
 
-def test_a_deep_row_is_no_traceback(tmp_path):
+def test_a_huge_number_of_tokens_and_a_deep_row_are_no_traceback(tmp_path):
+    good = write(tmp_path / "good", [sample(1, r"\boxed{4}", num_tokens=10 ** 400)])
+    assert command(good, "--out", tmp_path / "a").returncode == 0
     deep = tmp_path / "deep"
     deep.write_text(json.dumps(sample(1, "x"))[:-1] + ', "extra": ' + "[" * 950 + "]" * 950 + "}")
     done = command(deep, "--out", tmp_path / "b")

@@ -18,6 +18,7 @@ import ast
 import atexit
 import builtins
 import collections
+import concurrent.futures
 import ctypes
 import datetime
 import decimal
@@ -25,7 +26,6 @@ import errno
 import fcntl
 import gc
 import glob
-import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -35,11 +35,9 @@ import json
 import marshal
 import math
 import mmap
-import multiprocessing
 import multiprocessing.connection
 import operator
 import os
-import pickle
 import pkgutil
 import random
 import re
@@ -53,7 +51,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import unicodedata
 import warnings
 import zoneinfo
@@ -299,14 +296,13 @@ CHOICE = re.compile(r"""(?x)
 
 TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
         "<|end_of_solution|>")  # plain text to Qwen's tokenizer
-TEST_FORMS = ({"input": str, "output": str}, {"assert": str},
-              {"fn_name": str, "args": list, "expected": object})
 PYTHON = re.compile(r"py(?:thon)?[\d.]*+")  # labels of a program
 FENCE = re.compile(r"(?<![`~])(`{3,}+|~{3,}+)[ \t]*+([\w+#.{}-]*+)([^`~]*+)$")
 DECIMAL = re.compile(
     rb"[+-]?(?:[0-9]++\.[0-9]*+|\.[0-9]++|[0-9]++(?=[eE]))(?:[eE][+-]?[0-9]++)?")
 SIGNED = re.compile(rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?")
 GRADER_ERROR = "grader error"
+GONE = 73  # exit code of a judge whose program has ended before it
 WORKER_MEMORY = 2 << 30
 DEFAULT_MEMORY = 1 << 31
 MAX_RESULT = 16 << 20  # bytes of a returned value's form
@@ -1582,9 +1578,12 @@ def syntax_tree(source):
 
 
 def is_test(test):
-    return (isinstance(test, dict) and isinstance(test.get("setup", ""), str)
-            and any(all(name in test and isinstance(test[name], kind)
-                        for name, kind in form.items()) for form in TEST_FORMS))
+    match test:
+        case ({"input": str(), "output": str()}
+              | {"assert": str()}
+              | {"fn_name": str(), "args": list(), "expected": _}):
+            return isinstance(test.get("setup", ""), str)
+    return False
 
 
 def can_fail(test):
@@ -1593,10 +1592,9 @@ def can_fail(test):
     script's start."""
     if "assert" not in test:
         return True
-    body = syntax_tree(test.get("setup", "")).body + syntax_tree(test["assert"]).body
-    named = {node.id for statement in body for node in ast.walk(statement)
-             if isinstance(node, ast.Name)}
-    for statement in body:
+    tree = syntax_tree(test.get("setup", "") + "\n" + test["assert"])
+    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for statement in tree.body:
         at_start = isinstance(statement, ast.If) and "__name__" in ast.dump(statement.test)
         if not at_start and getattr(statement, "name", None) in {None, *named}:
             for node in ast.walk(statement):
@@ -1633,7 +1631,7 @@ def same_result(expected, got):
         return len(expected) == len(got) and all(map(same_result, expected, got))
     if isinstance(expected, float) and kinds <= {int, float}:
         return close(expected, got)
-    return expected == got and (len(kinds) == 1 or kinds == {int, float})
+    return (expected == got and bool not in kinds) or expected is got
 
 
 def close(expected, got):
@@ -1657,20 +1655,25 @@ class Sandbox:
 
     def __init__(self, file=__file__):
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = {"LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",
-                       # some builds of Python do not start without
-                       "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
+        environment = {
+            "LC_ALL": "C.UTF-8",
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_ARENA_MAX": "2",
+            # some builds of Python do not start without
+            "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         set_limit(resource.RLIMIT_STACK, 1 << 29)  # for deep recursion: it takes effect at an exec
         self.process = subprocess.Popen(
-            [sys.executable, "-I", file, "--zygote", str(theirs.fileno())], env=environment,
-            cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            [sys.executable, "-I", file, "--zygote", str(theirs.fileno())],
+            env=environment,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()])
         theirs.close()
-        self.containment = self.socket.recv(1000).decode()
         codes, output, _ = self.run("main", ["", PROBE], str(os.getpid()).encode())
-        if codes[0] in (None, -signal.SIGKILL):  # for want of time or memory: it tells nothing
-            raise RuntimeError("the sandbox's own test did not end")
-        self.holes = output.decode().split() if codes == [0] else [f"end with {codes}"]
+        if codes != [0]:  # for want of time or memory
+            raise RuntimeError(f"the sandbox's own test ended with {codes}")
+        self.holes = output.decode().split()
 
     def run(self, mode, source, given, timeout=10, memory=DEFAULT_MEMORY):
         """Run a program by its source, [setup, code]. mode "main": given is its input; "call": the
@@ -1679,8 +1682,8 @@ class Sandbox:
         printed; and the result: an error's name, a call's value or the judge's verdict. With a
         judge, the program's own result is in the place of what was printed."""
         request = {"mode": mode, "timeout": timeout, "memory": memory}
-        files = [memory_file(json.dumps(source).encode()), memory_file(given),
-                 memory_file(), memory_file()]
+        files = [memory_file(content) for content in (
+            json.dumps(source).encode(), given, b"", b"")]
         try:
             socket.send_fds(self.socket, [json.dumps(request).encode()], files)
             codes = json.loads(self.socket.recv(10000))
@@ -1690,7 +1693,7 @@ class Sandbox:
                 os.close(file)
 
 
-def memory_file(content=b""):
+def memory_file(content):
     """A file without a name, to be read from its start."""
     file = os.memfd_create("sky-t1")
     os.pwrite(file, content, 0)
@@ -1744,8 +1747,10 @@ def the_sandbox(allow_unsafe=False):
 
 
 def containment_verdict(allow_unsafe):
-    """What confines programs here, as the reason of a verdict."""
-    return Verdict(True, the_sandbox(allow_unsafe).containment)
+    """Whether programs are confined here, as the reason of a verdict."""
+    holes = ", ".join(the_sandbox(allow_unsafe).holes)
+    return Verdict(True, f"programs are not confined: one could {holes}" if holes else
+                   "programs are confined: limits, a system-call filter")
 
 
 def program_verdict(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=False):
@@ -1775,18 +1780,18 @@ def run_test(sandbox, code, test, timeout, memory):
     elif "fn_name" in test:
         mode, source = "call", [setup, code, test["fn_name"], test["args"]]
     else:
-        given = test["input"].encode("utf-8", "surrogatepass")
+        given = test["input"].encode()
     codes, output, result = sandbox.run(mode, source, given, timeout, memory)
     if None in codes:
         return "timeout"
-    if mode == "assert" and result == b"gone":  # the program has ended before the judge
+    if codes[1:] == [GONE]:
         return failure(codes[0], output)
     if codes[-1] != 0:
         return failure(codes[-1], result)
     if mode == "assert":
         return result.decode()
     if mode == "main":
-        same = same_output(test["output"].encode("utf-8", "surrogatepass"), output)
+        same = same_output(test["output"].encode(), output)
     else:
         try:
             same = same_result(json.loads(json.dumps(test["expected"])),
@@ -1823,25 +1828,22 @@ def zygote(descriptor):
     file, then forks on request. It never reads what it hands on. It ends with the process that
     started it, however that comes about, and its children with it."""
     channel = socket.socket(fileno=descriptor)
-    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     sys.set_int_max_str_digits(0)
     threading.stack_size(16 << 20)  # a thread's default is the raised limit of the stack
     for name in PRELOADED:
         try_import(name)
     sys.meta_path.insert(0, Shelf())
-    sys.stdout.flush()  # what a module has printed
     gc.collect()
     gc.freeze()
     uid = private_user()
-    machine = os.uname().machine
-    filtered = machine in MACHINES and libc.prctl(21, 0, 0, 0, 0) >= 0  # PR_GET_SECCOMP
-    # an ordinary user's tasks are counted all together: those of other sandboxes too
-    tasks = tasks_of(uid or os.getuid()) + 64 * (1 if uid else 8)
-    own = {"parent": os.getpid(), "uid": uid, "tasks": tasks,
-           "filter": system_call_filter(machine) if filtered else b""}
+    filtered = os.uname().machine in MACHINES and libc.prctl(21) >= 0  # PR_GET_SECCOMP
+    own = {
+        "parent": os.getpid(),
+        "uid": uid,
+        "tasks": tasks_of(uid or os.getuid()) + 500,
+        "filter": system_call_filter() if filtered else b""}
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    channel.send(b"programs are confined by limits" + b", a user of their own" * bool(uid)
-                 + b", a system-call filter" * filtered)
     while True:
         message, files, _, _ = socket.recv_fds(channel, 10000, 4)
         if not message:
@@ -1860,10 +1862,8 @@ class Shelf(importlib.abc.Loader):
         self.places, self.code = {}, bytearray()  # a module's start in the code, whether a package
         folder = os.path.dirname(os.__file__)
         self.take([folder, os.path.join(folder, "lib-dynload")])
-        file = memory_file(self.code)
         # private and not to be written: no program changes what the next one imports
-        self.code = mmap.mmap(file, len(self.code), mmap.MAP_PRIVATE, mmap.PROT_READ)
-        os.close(file)
+        self.code = mmap.mmap(memory_file(self.code), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
         # weakly held by zoneinfo itself
         self.zones = [zoneinfo.ZoneInfo(name) for name in zoneinfo.available_timezones()]
 
@@ -1911,8 +1911,8 @@ def serve(request, files):
 
 
 def start(request, work, *files):
-    """A confined process in which files are the descriptors 0, 1, 2, ... and no others are open;
-    it runs work, which never returns."""
+    """A confined process in which files are the descriptors 0, 1, 2, ... and no others are open: 3
+    is for what it says, 4 its source. It runs work, which never returns."""
     pid = os.fork()
     if pid:
         return pid
@@ -1923,31 +1923,29 @@ def start(request, work, *files):
             os.dup2(file, number)
         os.closerange(len(files), 4096)
         confine(request)
-        work(request["mode"])
+        with open(4, "rb") as source:
+            work(request["mode"], *json.load(source))
+    except BaseException as error:
+        os.write(3, error_name(error))
     finally:
-        os._exit(70)
+        os._exit(1)
 
 
 def wait_for(pids, timeout):
     """The exit codes of processes (a signal is a negative one), None for one that took too long:
-    the kernel ends what has used up its CPU time, this function what sleeps. When the last of them
-    ends, which is the judge if there is one, or one is late, the others are killed."""
-    deadline, late, codes = time.monotonic() + 3 * timeout + 5, False, {}
-    alive = {os.pidfd_open(pid): pid for pid in pids}
-    while alive:
-        late = late or time.monotonic() > deadline
-        if late or pids[-1] in codes:
-            for pid in alive.values():
-                os.kill(pid, signal.SIGKILL)
-        ended, _, _ = select.select(alive, [], [], max(0.001, deadline - time.monotonic()))
-        for handle in ended:
-            os.close(handle)
-            pid = alive.pop(handle)
-            _, status, usage = os.wait4(pid, 0)
-            code = os.waitstatus_to_exitcode(status)
-            late = late or code == -signal.SIGXCPU or usage.ru_utime + usage.ru_stime > timeout
-            codes[pid] = None if late else code
-    return [codes[pid] for pid in pids]
+    the kernel ends what has used up its CPU time, this function what sleeps. With the last of them,
+    which is the judge if there is one, all end."""
+    handle = os.pidfd_open(pids[-1])
+    ended, _, _ = select.select([handle], [], [], 3 * timeout + 5)
+    os.close(handle)
+    codes = []
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)  # no matter to what has ended
+        _, status, usage = os.wait4(pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        late = not ended or code == -signal.SIGXCPU or usage.ru_utime + usage.ru_stime > timeout
+        codes.append(None if late else code)
+    return codes
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1962,7 +1960,7 @@ def confine(request):
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != request["parent"]:
         os._exit(71)
     if request["filter"]:
@@ -1973,9 +1971,12 @@ def confine(request):
 def limit_resources(request):
     seconds = math.ceil(request["timeout"])
     set_limit(resource.RLIMIT_CPU, seconds, seconds + 1)
-    for kind, most in ((resource.RLIMIT_AS, request["memory"]), (resource.RLIMIT_CORE, 0),
-                       (resource.RLIMIT_FSIZE, MAX_OUTPUT), (resource.RLIMIT_NOFILE, 64),
-                       (resource.RLIMIT_NPROC, request["tasks"])):
+    for kind, most in (
+            (resource.RLIMIT_AS, request["memory"]),
+            (resource.RLIMIT_CORE, 0),
+            (resource.RLIMIT_FSIZE, MAX_OUTPUT),
+            (resource.RLIMIT_NOFILE, 64),
+            (resource.RLIMIT_NPROC, request["tasks"])):
         set_limit(kind, most, most)
 
 
@@ -2027,17 +2028,21 @@ OWN_PID = 0x7E57AB1E  # stands for the process's own number, no other is as larg
 MACHINES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column, architecture
 
 
-def system_call_filter(machine):
+def system_call_filter():
     """The program (linux/filter.h) of an allow-list: threads but no processes, signals and limits
     of its own alone, no file as if there were none, and EPERM for all else."""
-    column, architecture = MACHINES[machine]
-    allow, kill = instruction(RETURN, 0x7FFF0000), instruction(RETURN, 0x80000000)
+    column, architecture = MACHINES[os.uname().machine]
+    allow = instruction(RETURN, 0x7FFF0000)
+    kill = instruction(RETURN, 0x80000000)
     refuse, no_file, no_call = (instruction(RETURN, 0x50000 | number)
                                 for number in (errno.EPERM, errno.ENOENT, errno.ENOSYS))
-    first, second = instruction(LOAD, 16), instruction(LOAD, 24)  # arguments, their lower 32 bits
+    first = instruction(LOAD, 16)  # the lower 32 bits of an argument
+    second = instruction(LOAD, 24)
     own = when(EQUAL, OWN_PID, allow)
     rules = {
-        "": allow, "no_file": no_file, "no_call": no_call, "kill": first + own + refuse,
+        "no_file": no_file,
+        "no_call": no_call,
+        "kill": first + own + refuse,
         "clone": first + when(ANY_BIT, 0x10000, allow) + refuse,  # CLONE_THREAD
         "prlimit64": first + when(EQUAL, 0, allow) + own + refuse,
         "fcntl": second + b"".join(when(EQUAL, command, refuse) for command in (
@@ -2045,9 +2050,9 @@ def system_call_filter(machine):
     program = instruction(LOAD, 4) + instruction(EQUAL, architecture, 1) + kill
     program += instruction(LOAD, 0) + when(AT_LEAST, 0x40000000, refuse)  # calls of x32
     for entry in SYSTEM_CALLS.split(","):
-        fields = [*entry.split(), ""]
+        fields = entry.split()
         if fields[column] != "-1":
-            program += when(EQUAL, int(fields[column]), rules[fields[3]])
+            program += when(EQUAL, int(fields[column]), rules.get(fields[-1], allow))
     return program + refuse
 
 
@@ -2063,7 +2068,7 @@ def instruction(code, number, skip_if_true=0, skip_if_false=0):
 def install_filter(program):
     buffer = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
-    if libc.prctl(22, 2, header, 0, 0) != 0:  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    if libc.prctl(22, 2, header) != 0:  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
         os._exit(72)  # never run a program unconfined
 
 
@@ -2082,42 +2087,41 @@ def names_of(modules):
 USUAL_NAMES, CONTEST_NAMES = names_of(USUAL_MODULES), names_of(CONTEST_MODULES)
 
 
-def run_solution(mode):
+def run_solution(mode, setup, code, *call):
     """The program's process, in one of the modes of `Sandbox.run`. It may compute, read descriptor
-    0 and write to 1 and 3, the result; 4 is its source, 5 and 6 are calls and answers where a judge
-    asks for them."""
-    with open(4, "rb") as source:
-        setup, code, *call = json.load(source)
+    0 and write to 1 and 3, the result; 5 and 6 are calls and answers where a judge asks."""
     builtins.open = io.open = open_by_number
     sys.stdin.reconfigure(errors="surrogateescape")
     module = type(sys)("__main__" if mode == "main" else "solution")
     sys.modules["__main__"] = sys.modules[module.__name__] = module
     sys.argv[:] = ["program.py"]
-    module.__file__, module.__builtins__ = "program.py", builtins
+    namespace = vars(module)
+    namespace.update(__file__="program.py", __builtins__=builtins)
     if mode != "main":
         sys.setrecursionlimit(50_000)
         vars(builtins).update(CONTEST_NAMES | vars(builtins))
     status = 0
     try:
-        setup, code = compile(setup, "setup.py", "exec"), compile(code, "program.py", "exec")
-        exec(setup, module.__dict__)
-        exec(code, module.__dict__)
+        for text, name in (setup, "setup.py"), (code, "program.py"):
+            exec(compile(text, name, "exec"), namespace)
         if mode == "call":
             name, arguments = call
-            holder = module.__dict__.get("Solution")
-            function = getattr(holder(), name) if hasattr(holder, name) else module.__dict__[name]
+            holder = namespace.get("Solution")
+            function = getattr(holder(), name) if hasattr(holder, name) else namespace[name]
             os.write(3, json.dumps(function(*arguments), default=as_json).encode())
         elif mode == "assert":
-            answer_calls(module.__dict__)
+            answer_calls(namespace)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else error.code is not None
-    except BaseException as error:
-        status = 1
-        os.write(3, error_name(error))
     # as at an interpreter's end; files that the program left open are closed with their names
     flush = [lambda: sys.stdout.flush(), sys.__stdout__.flush]
-    for finish in (threading._shutdown, atexit._run_exitfuncs, *flush, module.__dict__.clear,
-                   gc.collect, *flush):
+    for finish in (
+            threading._shutdown,
+            atexit._run_exitfuncs,
+            *flush,
+            namespace.clear,
+            gc.collect,
+            *flush):
         try:
             finish()
         except BaseException:  # it has closed or replaced them: what it printed tells
@@ -2125,8 +2129,13 @@ def run_solution(mode):
     os._exit(status & 255)
 
 
-STANDARD_FILES = {"/dev/stdin": 0, "/dev/fd/0": 0, "/proc/self/fd/0": 0, "/dev/stdout": 1,
-                  "/dev/stderr": 2, os.devnull: 2}
+STANDARD_FILES = {
+    "/dev/stdin": 0,
+    "/dev/fd/0": 0,
+    "/proc/self/fd/0": 0,
+    "/dev/stdout": 1,
+    "/dev/stderr": 2,
+    os.devnull: 2}
 
 
 def open_by_number(file, *arguments, real=io.open, **keywords):
@@ -2143,8 +2152,8 @@ def as_json(value):
 
 
 def unwrapped(value):
-    """numpy's value as a plain one. NotPlain for what is not numpy's."""
-    if type(value).__module__.split(".")[0] == "numpy" and hasattr(value, "tolist"):
+    """A value of numpy's as a plain one. NotPlain for what is none."""
+    if hasattr(value, "tolist"):
         return value.tolist()
     raise NotPlain(f"a {type(value).__name__} does not leave its process")
 
@@ -2155,14 +2164,12 @@ class NotPlain(Exception):
 
 def error_name(error):
     """What a process says of an exception."""
-    name = type(error).__name__
     if isinstance(error, MemoryError):
-        name = "memory"
-    elif isinstance(error, SyntaxError):
-        name = "syntax error"
-    elif isinstance(error, NotPlain):
-        name = str(error)
-    return name.encode("utf-8", "replace")
+        return b"memory"
+    if isinstance(error, SyntaxError):
+        return b"syntax error"
+    name = error if isinstance(error, NotPlain) else type(error).__name__
+    return f"{name}".encode()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2176,7 +2183,7 @@ class Channel:
           <----------------- ["add", "helper"] ----     its functions, once
           ---- ["add", arguments, keywords] ------->     a call
           <-------- ["value", value, arguments] ----     what it gave, and the arguments after it,
-          <------ ["error", kinds, arguments] ------     or its exception
+          <------- ["error", kind, arguments] ------     or its exception
 
     What they hold goes through `encode` and `decode`, so that nothing of the program's making, but
     plain data, is ever in the judge's process."""
@@ -2189,17 +2196,13 @@ class Channel:
             self.outgoing.write(json.dumps(message, default=repr).encode() + b"\n")
             self.outgoing.flush()
         except BrokenPipeError:
-            raise Gone
+            os._exit(GONE)
 
     def receive(self):
         line = self.incoming.readline(MAX_OUTPUT)
         if not line.endswith(b"\n"):
-            raise Gone
+            os._exit(GONE)
         return json.loads(line)
-
-
-class Gone(BaseException):
-    """The process at the other end of a channel has ended."""
 
 
 def answer_calls(namespace):
@@ -2213,16 +2216,13 @@ def answer_calls(namespace):
             value = namespace[name](*arguments, **decode(keywords))
             channel.send("value", encode(value), encode(arguments))
         except BaseException as error:
-            kinds = [kind.__name__ for kind in type(error).__mro__ if kind in ERRORS.values()]
-            channel.send("error", kinds, error.args)
+            known = [kind for kind in type(error).__mro__ if kind in ERRORS.values()]
+            channel.send("error", known[0].__name__ if known else "RuntimeError", error.args)
 
 
-def run_judge(mode):
-    """The judge's process: descriptors 3 verdict, 4 setup and test, 5 answers, 6 calls. It runs
-    the test, in which the program's functions are calls of the other process. The verdict `gone`,
-    that the program has ended, leaves it to the program's own result to say why."""
-    with open(4, "rb") as source:
-        setup, test = json.load(source)
+def run_judge(mode, setup, test):
+    """The judge's process: descriptors 3 verdict, 5 answers, 6 calls. It runs the test, in which
+    the program's functions are calls of the other process."""
     channel, calls = Channel(5, 6), []
     sys.setrecursionlimit(50_000)
 
@@ -2232,7 +2232,7 @@ def run_judge(mode):
             channel.send(name, encode(list(arguments)), encode(keywords))
             kind, value, after = channel.receive()
             if kind == "error":
-                raise next((ERRORS[name] for name in value if name in ERRORS), RuntimeError)(*after)
+                raise ERRORS[value](*after)
             for ours, theirs in zip(arguments, decode(after), strict=True):
                 if type(ours) is type(theirs) and hasattr(ours, "clear"):  # changed in place
                     ours.clear()
@@ -2241,7 +2241,6 @@ def run_judge(mode):
         return call
     vars(builtins).update(USUAL_NAMES | vars(builtins))
     namespace = {"__name__": "judge"}
-    status = 0
     try:
         functions = channel.receive()
         exec(compile(setup, "setup.py", "exec"), namespace)
@@ -2251,12 +2250,8 @@ def run_judge(mode):
         verdict = b"correct" if calls else b"no test: it does not call the program"
     except AssertionError:
         verdict = b"wrong answer"
-    except Gone:
-        verdict = b"gone"
-    except BaseException as error:
-        status, verdict = 1, error_name(error)
     os.write(3, verdict)
-    os._exit(status)
+    os._exit(0)
 
 
 def tested_names(functions, test, namespace):
@@ -2309,9 +2304,8 @@ PARTS = {
     **dict.fromkeys((dict, collections.OrderedDict), dict.items),
     **{kind: lambda value, kind=kind: kind.__reduce__(value)[1] for kind in (  # as for pickle
         Fraction, decimal.Decimal, range, datetime.datetime, datetime.date, datetime.time,
-        datetime.timedelta, datetime.timezone)},
-    complex: lambda value: (value.real, value.imag),
-    collections.Counter: lambda value: (dict(value),),
+        datetime.timedelta, datetime.timezone, collections.Counter)},
+    complex: complex.__getnewargs__,
     collections.defaultdict: lambda value: (None, dict(value))}
 KINDS = {kind.__name__: kind for kind in PARTS} | {
     "namedtuple": lambda name, fields, *items: collections.namedtuple(name, fields)(*items)}
@@ -2325,15 +2319,14 @@ def sample_verdict(sample, **options):
     """The verdict on a sample (a problem's fields, response, finish_reason). BadInput where a field
     is missing or wrong; options go to program_verdict."""
     if not isinstance(sample, dict):
-        raise BadInput("the row is no object")
+        raise BadInput(f"the row is no object: {str(sample)[:100]}")
     kind = sample.get("kind")
     if kind not in ("math", "choice", "code"):
         raise BadInput(f"field kind is {kind!r}: math, choice or code")
     gold = "tests" if kind == "code" else "answer"
-    for name in ["response", gold] + ["original"] * ("original" in sample):
-        wanted = list if name == "tests" else str
-        if not isinstance(sample.get(name), wanted):
-            raise BadInput(f"field {name} is missing or no {'text' if wanted is str else 'list'}")
+    for name in ("response", gold, *{"original"} & sample.keys()):
+        if not isinstance(sample.get(name), list if name == "tests" else str):
+            raise BadInput(f"field {name} is missing or no {'list' if name == 'tests' else 'text'}")
     if sample.get("finish_reason") == "length":
         return Verdict(False, "truncated")
     if "original" in sample and not keeps_structure(sample):
@@ -2352,8 +2345,8 @@ def keeps_structure(sample):
     if pieces[1::2] != list(TAGS):
         return False
     head, thought, _, solution, tail = pieces[::2]
-    before = original.partition(TAGS[0])[2].partition(TAGS[1])[0].strip() or original.strip()
-    if (head + tail).strip() or len(thought.strip()) < 0.8 * len(before):
+    before = original.partition(TAGS[0])[2].partition(TAGS[1])[0].strip()
+    if (head + tail).strip() or len(thought.strip()) < 0.8 * len(before or original.strip()):
         return False
     find = {"math": extract_answer, "choice": find_letter, "code": find_program}[kind]
     ours, theirs = find(solution), find(original)
@@ -2374,60 +2367,35 @@ class Worker:
         self.connection, theirs = multiprocessing.Pipe()
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", str(theirs.fileno())],
-            stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True)
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True)
         theirs.close()
-
-    def outcome(self):
-        """A Verdict, or where the input cannot be judged a text that says why."""
-        try:
-            outcome = self.connection.recv()
-            IDLE.append(self)
-        except (EOFError, OSError):
-            late = self.process.wait() == -signal.SIGALRM
-            outcome = False, "timeout" if late else f"{GRADER_ERROR}: its process ended"
-        return Verdict(*outcome) if isinstance(outcome, tuple) else outcome
 
 
 IDLE = []
 os.register_at_fork(after_in_child=IDLE.clear)  # they are the parent's
 
 
-def judged(calls, workers):
-    """The outcome of each call, in their order. A call is the name of a function of this file,
-    arguments and options; so many are under way at once, and a bounded number waits its turn."""
-    calls, places, busy = iter(calls), collections.deque(), {}
-    try:
-        while True:
-            while len(busy) < workers and len(places) < 16 * workers and (
-                    call := next(calls, None)):
-                worker = begin(call)
-                places.append([])  # for its outcome
-                busy[worker.connection] = worker, places[-1]
-            if not places:
-                return
-            for connection in multiprocessing.connection.wait(busy):
-                worker, place = busy.pop(connection)
-                place.append(worker.outcome())
-            while places and places[0]:
-                yield places.popleft()[0]
-    finally:
-        for worker, _ in busy.values():
-            worker.process.kill()
-
-
-def begin(call):
-    """A worker at work on a call."""
-    try:
-        call = pickle.dumps(call)
-    except RecursionError:
-        raise BadInput("a row is nested too deeply") from None
+def ask(name, *arguments, **options):
+    """What a function of this file, by its name, says in a worker: a Verdict. BadInput where the
+    input cannot be judged."""
+    call = name, arguments, options
     try:
         worker = IDLE.pop()
-        worker.connection.send_bytes(call)
+        worker.connection.send(call)
     except (IndexError, OSError):  # there is none, or it has ended meanwhile
         worker = Worker()
-        worker.connection.send_bytes(call)
-    return worker
+        worker.connection.send(call)
+    try:
+        outcome = worker.connection.recv()
+        IDLE.append(worker)
+    except (EOFError, OSError):
+        late = worker.process.wait() == -signal.SIGALRM
+        outcome = False, "timeout" if late else f"{GRADER_ERROR}: its process ended"
+    if isinstance(outcome, str):
+        raise BadInput(outcome)
+    return Verdict(*outcome)
 
 
 def work(descriptor):
@@ -2468,13 +2436,6 @@ def end_with(connection):
     os._exit(1)
 
 
-def ask(name, *arguments, **options):
-    outcome, = judged([(name, arguments, options)], 1)
-    if isinstance(outcome, str):
-        raise BadInput(outcome)
-    return outcome
-
-
 def verify_math(response, gold):
     """The verdict on a response's answer. A mere last number answers only a question whose gold
     answer is a number."""
@@ -2486,8 +2447,9 @@ def verify_choice(response, gold):
     return ask("choice_verdict", response, gold)
 
 
-def run_program(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=False):
-    """Run a Python program on its tests, each in a confined process of its own.
+def run_program(code, tests, *limits, **options):
+    """Run a Python program on its tests, each in a confined process of its own; further arguments
+    are those of `program_verdict`.
 
     tests: {"input", "output"} from stdin to stdout, {"fn_name", "args", "expected"} a call, or
     {"assert"} source that calls what the program defines; a test may have "setup", source that
@@ -2495,7 +2457,7 @@ def run_program(code, tests, timeout=10.0, memory=DEFAULT_MEMORY, allow_unsafe=F
     a minute, on the clock); memory: bytes of address space. A pass needs at least one test and
     every one of them passed. Raises BadInput, a ValueError, for a test of no known form, and where
     programs cannot be confined and allow_unsafe is not set."""
-    return ask("program_verdict", code, tests, timeout, memory, allow_unsafe)
+    return ask("program_verdict", code, tests, *limits, **options)
 
 
 def verify_code(response, tests, *limits, **options):
@@ -2514,66 +2476,54 @@ def verify_sample(sample, **options):
 
 
 def problem_key(row):
-    """A problem's id, or where it has none its prompt, in eight bytes."""
-    name = json.dumps([row.get("source"), row.get("id", row.get("prompt"))])
-    return hashlib.blake2b(name.encode(), digest_size=8).digest()
+    """What tells problems apart: the id, or the prompt where there is none."""
+    return json.dumps([row.get("source"), row.get("id", row.get("prompt"))])
 
 
-class Summary:
-    """Counts by model, source and problem, but no text: memory grows with the problems alone."""
-
-    def __init__(self):
-        # by (model, whether of all sources, source): problems, tokens and reasons as in `score`
-        self.groups = {}
-        self.grader_errors = []
-
-    def add(self, row):
-        """Counts a verified row. The votes for one answer are equal: all correct ones, and wrong
-        ones of one spelling; no answer is "", and a program has no vote."""
-        model, source = str(row.get("model") or ""), str(row.get("source", ""))
-        reason = re.sub(r" on test \d+$", "", row["reason"])
-        if reason.startswith(GRADER_ERROR):
-            self.grader_errors.append(f"{source} {row.get('id')}: {reason}")
-            reason = GRADER_ERROR
-        vote = "correct" if row["passed"] else (
-            "" if row["extracted"] is None else "wrong: " + squash(row["extracted"]))
-        for group in ((model, False, source), (model, True, "all")):
-            problems, tokens, reasons = self.groups.setdefault(
-                group, ({}, [0, 0], collections.Counter()))
-            problem = problems.setdefault(problem_key(row), [0, 0, collections.Counter()])
-            problem[0] += 1
-            problem[1] += row["passed"]
-            problem[2][vote] += row["kind"] != "code"
-            if isinstance(count := row.get("num_tokens"), int) and count < 1 << 53:
-                tokens[0] += count
-                tokens[1] += 1
-            reasons[reason] += 1
-
-    def rows(self):
-        """One dict for each source of each model, and one for all of a model's several."""
-        sizes = collections.Counter(model for model, _, _ in self.groups)
-        return [{"model": model} | score(source, *self.groups[model, of_all, source])
-                for model, of_all, source in sorted(self.groups)
-                if not of_all or sizes[model] > 2]
+def scores(rows):
+    """The figures of verified rows: one dict for each source of each model, and one for all of a
+    model's several."""
+    models = collections.defaultdict(lambda: collections.defaultdict(list))
+    for row in rows:
+        models[str(row.get("model") or "")][str(row.get("source") or "")].append(row)
+    scores = []
+    for model, sources in sorted(models.items()):
+        scores += [score(model, source, rows) for source, rows in sorted(sources.items())]
+        if len(sources) > 1:
+            scores.append(score(model, "all", list(itertools.chain(*sources.values()))))
+    return scores
 
 
-def score(source, problems, tokens, reasons):
-    """The figures of some problems (each [samples, passed, votes]), of their samples' tokens (the
-    sum, and of how many samples) and reasons. The standard error is that of the mean over problems
-    of their means."""
-    problems = list(problems.values())
-    means = [passed / n for n, passed, _ in problems]
+def score(model, source, rows):
+    """The standard error is that of the mean over problems of their means."""
+    problems = collections.defaultdict(list)
+    for row in rows:
+        problems[problem_key(row)].append(row)
+    results = [(len(samples), sum(row["passed"] for row in samples))
+               for samples in problems.values()]
+    means = [passed / n for n, passed in results]
     error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
-    most = max(n for n, _, _ in problems)
+    most, _ = max(results)
     ks = sorted({most, *(2 ** i for i in range(most.bit_length()))})
-    chances = {k: statistics.fmean(pass_at_k(n, passed, k) for n, passed, _ in problems if n >= k)
+    chances = {k: statistics.fmean(pass_at_k(n, passed, k) for n, passed in results if n >= k)
                for k in ks}
-    voted = [majority(votes) for _, _, votes in problems if votes.total()]
-    return {"source": source, "problems": len(problems), "samples": sum(n for n, _, _ in problems),
-            "accuracy": statistics.fmean(means), "standard_error": error, "pass_at_k": chances,
-            "majority": statistics.fmean(voted) if voted else None, "n": most,
-            "mean_tokens": tokens[0] / tokens[1] if tokens[1] else None,
-            "reasons": dict(reasons.most_common())}
+    voted = [majority(samples) for samples in problems.values() if samples[0]["kind"] != "code"]
+    tokens = [row["num_tokens"] for row in rows
+              if isinstance(row.get("num_tokens"), int) and row["num_tokens"] < 1 << 53]
+    reasons = collections.Counter(
+        re.sub(rf" on test \d+$|(?<={GRADER_ERROR}): .*", "", row["reason"]) for row in rows)
+    return {
+        "model": model,
+        "source": source,
+        "problems": len(problems),
+        "samples": len(rows),
+        "accuracy": statistics.fmean(means),
+        "standard_error": error,
+        "pass_at_k": chances,
+        "majority": statistics.fmean(voted) if voted else None,
+        "n": most,
+        "mean_tokens": statistics.fmean(tokens) if tokens else None,
+        "reasons": dict(reasons.most_common())}
 
 
 def pass_at_k(n, passed, k):
@@ -2581,10 +2531,12 @@ def pass_at_k(n, passed, k):
     return 1 - math.comb(n - passed, k) / math.comb(n, k)
 
 
-def majority(votes):
-    """1 where the answer given most often is correct; ties share it."""
-    leaders = statistics.multimode(filter(None, votes.elements())) or [""]
-    return ("correct" in leaders) / len(leaders)
+def majority(samples):
+    """1 where the answer given most often is correct; ties share it. All correct ones are equal,
+    and wrong ones of one spelling; no answer is no vote."""
+    votes = [row["passed"] or squash(row["extracted"] or "") for row in samples]
+    leaders = statistics.multimode(filter(None, votes)) or [""]
+    return (True in leaders) / len(leaders)
 
 
 # Accuracies as published (novasky-ai.github.io/posts/sky-t1; MATH500 after the prompt's repair), by
@@ -2603,13 +2555,11 @@ PUBLISHED = {
 def published(rows):
     """The published accuracies of the rows' sources, a line each. Their standard error is that of
     one answer to each of as many problems as a row has: 9 points for AIME's 30."""
-    lines = []
-    for row in rows:
-        if row["source"] in PUBLISHED:
-            beside = [f"{name} {score} ± {math.sqrt(score * (100 - score) / row['problems']):.1f}"
-                      for name, score in zip(MODELS, PUBLISHED[row["source"]], strict=True)]
-            lines.append(f"{row['source']} as published: {', '.join(beside)}")
-    return lines
+    problems = {row["source"]: row["problems"] for row in rows}
+    for source in sorted(PUBLISHED.keys() & problems.keys()):
+        beside = [f"{name} {score} ± {math.sqrt(score * (100 - score) / problems[source]):.1f}"
+                  for name, score in zip(MODELS, PUBLISHED[source], strict=True)]
+        yield f"{source} as published: {', '.join(beside)}"
 
 
 def table(rows):
@@ -2617,22 +2567,25 @@ def table(rows):
     def percent(value, before=""):
         return "" if value is None else f"{before}{100 * value:.1f}"
     lines = [["model", "source", "problems", "samples", "accuracy", "pass@k", "majority", "tokens"]]
-    reasons = collections.Counter()
+    reasons = sum((collections.Counter(row["reasons"]) for row in rows if row["source"] != "all"),
+                  collections.Counter())
     for row in rows:
         tokens = "-" if row["mean_tokens"] is None else f"{row['mean_tokens']:.0f}"
-        lines.append([row["model"] or "-", row["source"] or "-", str(row["problems"]),
-                      str(row["samples"]),
-                      percent(row["accuracy"]) + percent(row["standard_error"], " ± "),
-                      ", ".join(percent(p, f"{k}: ") for k, p in row["pass_at_k"].items()),
-                      f"{percent(row['majority']) or '-'} @{row['n']}", tokens])
-        if row["source"] != "all":
-            reasons.update(row["reasons"])
+        lines.append([
+            row["model"] or "-",
+            row["source"] or "-",
+            f"{row['problems']}",
+            f"{row['samples']}",
+            percent(row["accuracy"]) + percent(row["standard_error"], " ± "),
+            ", ".join(percent(p, f"{k}: ") for k, p in row["pass_at_k"].items()),
+            f"{percent(row['majority']) or '-'} @{row['n']}",
+            tokens])
     if len({row["model"] for row in rows}) == 1:
         lines = [line[1:] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-    return "\n".join([*text, *dict.fromkeys(published(rows)), "", "; ".join(
-        f"{reason} {count}" for reason, count in reasons.most_common())])
+    counts = "; ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+    return "\n".join([*text, *published(rows), "", counts])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2647,8 +2600,7 @@ def end_with_parent():
     libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
         if b"python" not in file.read():
-            print("error: what started this process is gone", file=sys.stderr, flush=True)
-            os._exit(1)
+            sys.exit("error: what started this process is gone")
 
 
 class Unread(io.FileIO):
@@ -2671,8 +2623,7 @@ def begin_script():
     Unread.null = null
     sys.stdout, sys.stderr = (io.TextIOWrapper(
         io.BufferedWriter(Unread(number, "w", closefd=False)), line_buffering=True,
-        encoding=getattr(before, "encoding", None), errors="backslashreplace")
-        for number, before in ((1, sys.stdout), (2, sys.stderr)))
+        errors="backslashreplace") for number in (1, 2))
     if "TORCHELASTIC_RUN_ID" in os.environ and os.getsid(0) == os.getpid():
         end_with_parent()
 
@@ -2726,18 +2677,20 @@ def check_above_0(args, *names):
 
 
 def input_rows(names):
-    """(place, row) of every row of the files; blank lines count for the place only."""
+    """(place, row) of every row of the files; blank lines count for the place only. What is no JSON
+    is there as a text that says why."""
     for name in names:
         with open(name, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        yield f"{name}:{number}", json.loads(line)
+                        row = json.loads(line)
                     except (ValueError, RecursionError) as error:
-                        raise BadInput(f"{name}:{number}: {error}") from None
+                        row = str(error)
+                    yield f"{name}:{number}", row
 
 
-def resume(out, rows, summary):
+def resume(out, rows):
     """Skip the rows that `out` holds already: a line that a kill has torn is cut off, and each must
     be the verdict on its row. Returns how many there are."""
     count = end = 0
@@ -2745,13 +2698,11 @@ def resume(out, rows, summary):
         for line in file:
             if line.startswith(b"{") and not line.endswith(b"\n"):
                 break
-            place, given = next(rows, ("any row of the input", {}))
+            place, given = next(rows, ("any row of the input", None))
             try:
                 row = json.loads(line)
-                same = all(given.get(name) == row.get(name)
-                           for name in ("source", "id", "sample", "response"))
-                summary.add(row)
-            except (ValueError, LookupError, TypeError, AttributeError):
+                same = row == given | {name: row[name] for name in Verdict._fields}
+            except (ValueError, LookupError, TypeError):
                 same = False
             if not same:
                 raise BadInput(f"{out}: row {count + 1} is not the verdict on {place}: "
@@ -2762,47 +2713,60 @@ def resume(out, rows, summary):
 
 
 def verified_rows(rows, workers, options):
-    """The rows with their verdicts. What stands before a row that cannot be read comes first."""
-    rows, ahead = itertools.tee(rows)
-    unreadable = []
-
-    def calls():
-        try:
-            for _, row in ahead:
-                yield "sample_verdict", [row], options
-        except BadInput as error:
-            unreadable.append(error)
-    for outcome, (place, row) in zip(judged(calls(), workers), rows, strict=False):
-        if isinstance(outcome, str):
-            raise BadInput(f"{place}: {outcome}")
-        yield row | outcome._asdict()
-    for error in unreadable:
-        raise error
+    """The rows with their verdicts, in their order. So many are judged at once, each by a thread
+    that waits for its worker; a bounded number is read ahead."""
+    ahead, threads = collections.deque(), concurrent.futures.ThreadPoolExecutor(workers)
+    while True:
+        for place, row in itertools.islice(rows, 16 * workers - len(ahead)):
+            ahead.append(threads.submit(verified, place, row, options))
+        if not ahead:
+            return
+        yield ahead.popleft().result()
 
 
-def keep(verified, path, per_problem):
+def verified(place, row, options):
+    try:
+        return row | ask("sample_verdict", row, **options)._asdict()
+    except (BadInput, RecursionError) as error:
+        raise BadInput(f"{place}: {error}") from None
+
+
+def read_back(verified):
+    """The verified rows, of their long texts only what `keep` takes of the response: its length,
+    its hash and where in the file its row starts."""
+    rows, start = [], 0
+    with open(verified, "rb") as file:
+        for line in file:
+            row = json.loads(line)
+            text = row["response"]
+            short = {"id": row.get("id", row.get("prompt")),
+                     "response": (len(text), hash(text), start)}
+            rows.append(short | {name: row.get(name) for name in (
+                "model", "source", "kind", "passed", "extracted", "reason", "num_tokens")})
+            start += len(line)
+    return rows
+
+
+def keep(verified, rows, path, per_problem):
     """Write the passing rows, at most per_problem of each problem, the shortest first: long
     answers to easy questions are not rewarded. Exact duplicates are dropped. The file appears
     when it is complete. Returns the counts (kept, duplicates, beyond per_problem)."""
-    passing, count, start = collections.defaultdict(dict), 0, 0
+    problems = collections.defaultdict(dict)
+    passing = [row for row in rows if row["passed"]]
+    for row in passing:
+        length, text, start = row["response"]
+        problems[problem_key(row)].setdefault(text, (length, start))
+    chosen = [start for samples in problems.values()
+              for _, start in sorted(samples.values())[:per_problem]]
     with open(verified, "rb") as file, open(f"{path}.part", "wb") as out:
-        for line in file:
-            row = json.loads(line)
-            if row["passed"]:
-                count += 1
-                text = row["response"]  # of which the hash, 64 bits, is enough within a problem
-                passing[problem_key(row)].setdefault(hash(text), (len(text), start))
-            start += len(line)
-        chosen = [start for samples in passing.values()
-                  for _, start in sorted(samples.values())[:per_problem]]
         for start in sorted(chosen):
             file.seek(start)
             out.write(file.readline())
         out.flush()
         os.fsync(out.fileno())
     os.replace(out.name, path)
-    different = sum(map(len, passing.values()))
-    return len(chosen), count - different, different - len(chosen)
+    different = sum(map(len, problems.values()))
+    return len(chosen), len(passing) - different, different - len(chosen)
 
 
 def parse_arguments():
@@ -2840,12 +2804,14 @@ def main():
             raise BadInput(f"{path} is a folder: name a file")
 
     # 2. what an earlier run has done; a first row that is refused creates nothing
-    summary, rows = Summary(), input_rows(args.samples)
-    done = resume(args.out, rows, summary) if os.path.exists(args.out) else 0
+    rows = input_rows(args.samples)
+    done = resume(args.out, rows) if os.path.exists(args.out) else 0
     if done:
         print(f"{args.out}: {done} rows are verified already", file=sys.stderr)
     rows = verified_rows(rows, args.workers, {
-        "timeout": args.timeout, "memory": args.memory, "allow_unsafe": args.allow_unsafe})
+        "timeout": args.timeout,
+        "memory": args.memory,
+        "allow_unsafe": args.allow_unsafe})
     head = list(itertools.islice(rows, 1))
     if not head and not done:
         raise BadInput(f"{', '.join(args.samples)}: no samples")
@@ -2856,25 +2822,29 @@ def main():
     told = False
     with open(args.out, "a", encoding="utf-8", errors="surrogatepass") as out:
         for row in tqdm(itertools.chain(head, rows), initial=done, unit=" samples", disable=None):
-            if row["kind"] == "code" and row["extracted"] and not told:
+            if row["kind"] == "code" and not told:
                 told = True
                 print(ask("containment_verdict", args.allow_unsafe).reason, file=sys.stderr)
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
-            summary.add(row)
 
     # 4. keep and print
-    kept = keep(args.out, args.keep, args.per_problem) if args.keep else None
+    rows = read_back(args.out)
+    counts = keep(args.out, rows, args.keep, args.per_problem) if args.keep else [None]
+    errors = [f"{row['source']} {row['id']}: {row['reason']}" for row in rows
+              if row["reason"].startswith(GRADER_ERROR)]
     if args.json:
-        print(json.dumps({"rows": summary.rows(), "kept": kept[0] if kept else None,
-                          "grader_errors": summary.grader_errors}))
+        print(json.dumps({
+            "rows": scores(rows),
+            "kept": counts[0],
+            "grader_errors": errors}))
         return
-    print(table(summary.rows()))
-    if summary.grader_errors:
-        print(f"{len(summary.grader_errors)} samples have no verdict, the grader failed:",
-              *summary.grader_errors[:20], sep="\n  ")
-    if kept:
-        print(f"kept {kept[0]}, dropped {kept[1]} duplicates and {kept[2]} beyond --per_problem")
+    print(table(scores(rows)))
+    if errors:
+        print(f"{len(errors)} samples have no verdict, the grader failed:", *errors[:20],
+              sep="\n  ")
+    if args.keep:
+        print("kept {}, dropped {} duplicates and {} beyond --per_problem".format(*counts))
 
 
 if __name__ == "__main__":
@@ -2891,6 +2861,6 @@ if __name__ == "__main__":
             if getattr(error, "filename", None):
                 error = f"{error.filename}: {error.strerror}"
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            os._exit(2)  # without waiting for the workers: they end with this process
         except KeyboardInterrupt:
-            sys.exit(130)
+            os._exit(130)

@@ -264,10 +264,10 @@ def hard(tmp_path, monkeypatch):
 def test_no_sample_ends_or_stalls_the_others(hard):
     """Of more samples than workers, a verdict for each, in their order."""
     responses = [*HARD, r"\boxed{4}", r"\boxed{5}", *HARD, r"\boxed{4}"]
-    calls = [("math_verdict", [response, "4"], {}) for response in responses]
+    rows = ((f"row {n}", sample(n, response)) for n, response in enumerate(responses))
     expected = {**HARD, r"\boxed{4}": "correct", r"\boxed{5}": "wrong answer"}
     start = time.monotonic()
-    reasons = [verdict.reason for verdict in verify.judged(calls, 3)]
+    reasons = [row["reason"] for row in verify.verified_rows(rows, 3, {})]
     assert reasons == [expected[response] for response in responses]
     assert time.monotonic() - start < 60  # a worker whose sample sleeps would do so for a minute
 
@@ -662,13 +662,11 @@ def test_pass_at_k_is_the_mean_over_all_choices_of_k_samples():
 
 
 def test_scores_are_means_over_problems_with_their_standard_error():
-    summary = verify.Summary()
-    for problem, verdicts in (("a", "110"), ("b", "000"), ("c", "111")):
-        for number, passed in enumerate(verdicts):
-            summary.add({"model": "m", "source": "toy", "kind": "math", "id": problem,
-                         "passed": passed == "1", "extracted": str(number % 2), "num_tokens": 10,
-                         "reason": "correct"})
-    row = summary.rows()[0]
+    row, = verify.scores([
+        {"model": "m", "source": "toy", "kind": "math", "id": problem, "passed": passed == "1",
+         "extracted": str(number % 2), "num_tokens": 10, "reason": "correct"}
+        for problem, verdicts in (("a", "110"), ("b", "000"), ("c", "111"))
+        for number, passed in enumerate(verdicts)])
     assert math.isclose(row["accuracy"], (2 / 3 + 0 + 1) / 3)
     deviation = math.sqrt(sum((x - row["accuracy"]) ** 2 for x in (2 / 3, 0, 1)) / 2)
     assert math.isclose(row["standard_error"], deviation / math.sqrt(3))
@@ -678,12 +676,9 @@ def test_scores_are_means_over_problems_with_their_standard_error():
 def test_the_table_names_models_where_there_are_several():
     row = {"source": "toy", "kind": "math", "id": "a", "passed": True, "extracted": "1",
            "reason": "correct"}
-    summary = verify.Summary()
-    summary.add(row | {"model": "m"})
-    assert verify.table(summary.rows()).splitlines()[0].split()[0] == "source"
-    summary.add(row | {"model": "n", "source": "other"})
-    summary.add(row | {"model": "n"})
-    assert [line.split()[:4] for line in verify.table(summary.rows()).splitlines()[:5]] == [
+    rows = [row | {"model": "m"}, row | {"model": "n", "source": "other"}, row | {"model": "n"}]
+    assert verify.table(verify.scores(rows[:1])).splitlines()[0].split()[0] == "source"
+    assert [line.split()[:4] for line in verify.table(verify.scores(rows)).splitlines()[:5]] == [
         ["model", "source", "problems", "samples"], ["m", "toy", "1", "1"],
         ["n", "other", "1", "1"], ["n", "toy", "1", "1"], ["n", "all", "2", "2"]]
 

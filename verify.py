@@ -24,6 +24,7 @@ import datetime
 import decimal
 import errno
 import fcntl
+import functools
 import gc
 import glob
 import importlib.abc
@@ -340,6 +341,8 @@ CONTEST_MODULES = ("string re datetime collections heapq bisect copy math random
 def boxes(text):
     """(start, end, content) of each outermost `\\boxed{...}` or `\\fbox{...}` whose braces balance,
     the content without the signs of boxes in it. `\\{` and `\\}` are printed and do not count."""
+    if "box" not in text:
+        return []
     opened, spans = [], []
     for sign in BOX_SIGN.finditer(text):
         if sign[0] == "}" and opened:
@@ -742,9 +745,9 @@ class Parser:
             start = self.i
             match self.base():
                 case ("*", [("num", a), ("^", [("num", b), _])]) if a < b:
-                    return ("num", int(token) + a / b)
+                    return ("num", int(token) + Fraction(a, b))
             self.i = start
-        return ("num", Fraction(token))
+        return ("num", int(token))
 
     def group(self, opening):
         """What a bracket holds: a plain group, |x|, a tuple or interval, a set."""
@@ -1097,7 +1100,7 @@ def value(tree, known):
             WORK.needed = max(WORK.needed, number.denominator.bit_length())
             return spent(mp.convert(number))
         case ("sym", name) if name in known:
-            return mp.convert(known[name])
+            return known[name]
         case ("sym", name) if name in CONSTANTS:
             return +getattr(mp, CONSTANTS[name])
         case ("inf", sign):
@@ -1171,31 +1174,35 @@ def apart(a, b, known):
     those met on the way have, before or behind the point."""
     WORK.mp.dps, WORK.needed = 60, 0
     WORK.real = known and not {"i", "cis"} & (leaves(a) | leaves(b))
-    x, y = value(a, known), value(b, known)
+    x, y = values(a, b, known)
     if WORK.needed > 64:
         WORK.mp.dps = 60 + 2 * WORK.needed // 3
         if WORK.mp.dps > MAX_DIGITS:
             raise NotMath
-        x, y = value(a, known), value(b, known)
+        x, y = values(a, b, known)
     return 0 if same_number(x, y) else x - y
 
 
+def values(a, b, known):
+    known = {name: WORK.mp.convert(number) for name, number in known.items()}
+    return value(a, known), value(b, known)
+
+
+@functools.lru_cache
 def points(names):
     """Values for variables, the same on every call: positive, then of both signs; then whole
     numbers, for what is defined on those alone."""
     rng = random.Random(1)
-    for scales in [(1, 9, Fraction(1, 5))] * 5 + [(1, 9, -1, -9, Fraction(-1, 7))] * 5:
-        yield {name: Fraction(rng.randint(1009, 4999), 1013) * rng.choice(scales)
-               for name in names}
-    for _ in range(12):
-        yield {name: Fraction(rng.randint(2, 12)) for name in names}
+    reals = [(1, 9, Fraction(1, 5))] * 5 + [(1, 9, -1, -9, Fraction(-1, 7))] * 5
+    return [{name: Fraction(rng.randint(1009, 4999), 1013) * rng.choice(scales) for name in names}
+            for scales in reals] + [{name: rng.randint(2, 12) for name in names} for _ in range(12)]
 
 
 def everywhere(a, b):
     """Whether two trees agree wherever both are defined, and at three points at least. Two
     different expressions of an answer's size do not agree at random points (Schwartz-Zippel)."""
     agreed = 0
-    for number, known in enumerate(points(sorted(symbols(a, b)))):
+    for number, known in enumerate(points(tuple(sorted(symbols(a, b))))):
         if number == 10 and agreed:
             break
         try:
@@ -1276,12 +1283,15 @@ def same_value(a, b):
     """Equal numbers or expressions. A constant of integration has any name, and may be added to a
     gold without one; a plain log has base e or base 10; an exact number may be rounded to the
     digits of a gold decimal."""
+    if b[0] == "num" and a[0] in ("num", "decimal"):
+        return a[1] == b[1]
     a = with_constant_of(a, b)
-    for WORK.log in (0, 10) if "log" in (leaves(a) | leaves(b)) else (0,):
-        if everywhere(a, b) if symbols(a, b) else apart(a, b, {}) == 0:
+    names = symbols(a, b)
+    for WORK.log in (0, 10) if "log" in leaves(a) | leaves(b) else (0,):
+        if everywhere(a, b) if names else apart(a, b, {}) == 0:
             return True
     places = decimal_places(b)
-    if symbols(a, b) or places is None or "decimal" in leaves(a):
+    if names or places is None or "decimal" in leaves(a):
         return False
     exact = value(a, {})
     error = abs(apart(a, b, {})) * 2 * WORK.mp.mpf(10) ** places
@@ -1291,11 +1301,12 @@ def same_value(a, b):
 def with_constant_of(a, b):
     """A tree with its constant of integration named as in the other one; without, if that has
     none."""
-    own, its = ([name for name in names if INTEGRATION.fullmatch(name)]
-                for names in (symbols(a) - symbols(b), symbols(b) - symbols(a)))
+    names, others = symbols(a), symbols(b)
+    own, its = ([name for name in extra if INTEGRATION.fullmatch(name)]
+                for extra in (names - others, others - names))
     if len(own) == len(its) == 1:
         return substituted(a, {own[0]: ("sym", its[0])})
-    if own and a[0] == "+" and len(symbols(a)) > 1:
+    if own and a[0] == "+" and len(names) > 1:
         return ("+", [item for item in a[1] if item != ("sym", own[0])])
     return a
 
@@ -1317,7 +1328,7 @@ def proportional(a, b, positive=False):
     names = symbols(a)
     if not names or names != symbols(b):
         return False
-    anchor = {name: ("num", at) for name, at in next(points(sorted(names))).items()}
+    anchor = {name: ("num", at) for name, at in points(tuple(sorted(names)))[0].items()}
     x, y = substituted(a, anchor), substituted(b, anchor)
     if positive and apart(times(x, y), ("num", 0), {}) <= 0:
         return False
@@ -1339,8 +1350,8 @@ def same_region(a, b):
     if len(names) > 1 or not (solved(a) or solved(b)):
         raise NotMath
     name = max(names, default="x")
-    others = sorted(symbols(a, b) - names)
-    for known in itertools.islice(points(others), 6 if others else 1):
+    others = tuple(sorted(symbols(a, b) - names))
+    for known in points(others)[:6 if others else 1]:
         marks = sorted(ends(a, name, known) + ends(b, name, known)) or [0]
         between = [(x + y) / 2 for x, y in itertools.pairwise(marks)]
         for x in [marks[0] - 1, *marks, *between, marks[-1] + 1]:

@@ -255,19 +255,22 @@ UNIT_TABLE = """
 """
 POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3}
 BOX_SIGN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]")
-LISTED = re.compile(r"(?:[\s$,;]|\\[)\]])*+(?:and|or|\\text\{\s*(?:and|or)\s*\})?(?:[\s$]|\\[(\[])*+([a-z]\s*=\s*)?")
+LISTED = re.compile(r"(?:[\s$,;]|\\[)\]])*+(?:and|or|\\text\{\s*(?:and|or)\s*\})?"
+                    r"(?:[\s$]|\\[(\[])*+([a-z]\s*=\s*)?")  # between boxes of one list
 PHRASE = re.compile(r"\banswer\s*+(?:\*\*\s*+)?(?:(?:is|are|was)(?![a-z])|[:=])", re.IGNORECASE)
 FORMULA = r"(?:\$\$?[^$]+\$\$?|\\\(.+?\\\)|\\\[.+?\\\])"
 # "$5$ and $7$" goes on, as does "$5$ cm"; "$5$, because" does not
-STATED = re.compile(rf"{FORMULA}(?:(?: *+,| +and| +or)++ *+{FORMULA})*+(?: *+(?:\\?%|[A-Za-z]++)(?= *+\.?$))?"
+STATED = re.compile(rf"{FORMULA}(?:(?: *+,| +and| +or)++ *+{FORMULA})*+"
+                    r"(?: *+(?:\\?%|[A-Za-z]++)(?= *+\.?$))?"
                     r"|.*?(?=[.!?]\s+[A-Z*]|,\s+(?:as|since|because|so|which)\b|[.!]?$)")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z*])|\n")
 DOUBT = re.compile(r"\?|\b(?:if|when|whenever|unless|assuming|provided|wait|actually|not|cannot)\b|"
                    r"^\W*no,", re.IGNORECASE)
 NUMBER = re.compile(r"(?<![\w)])-?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?%?"
                     r"|\d+(?:\.\d+)?")
 WORDS = re.compile(r"[A-Za-z][A-Za-z '.]*")
-WORD = re.compile(r"(?<![A-Za-z])(?:(?![abcxyz]+\b)(?=[a-z]*[aeiou])[a-z]{2}|[a-z]{4}|(?-i:[A-Z]{2,}$))",
-                  re.IGNORECASE)
+WORD = re.compile(r"(?i)(?<![A-Za-z])(?:(?![abcxyz]+\b)(?=[a-z]*[aeiou])[a-z]{2}|[a-z]{4}|"
+                  r"(?-i:[A-Z]{2,}$))")
 TOKEN = re.compile(r"⟪[^⟫]*⟫|\d+\.?\d*|\.\d+|\\[A-Za-z]+|\\.|\S", re.DOTALL)
 BASED = re.compile(r"\(?\s*(\w*?)\s*\)?\s*_\s*\{?\s*(\d++)\s*\}?")
 UNIT_LETTERS = re.compile(r"(?<=[\d)}])\s*((?:m|s|g|L|h)(?:\^\{?\d\}?)?(?:/s(?:\^\{?\d\}?)?)?)$")
@@ -384,27 +387,19 @@ def find_answer(response):
     if tails and (tail := tails[-1].lstrip(" \t\n*_:=").split("\n")[0]):
         answer = stated(tail)
         return (answer, "phrase") if answer else (None, None)
-    numbers = list(NUMBER.finditer(response))
-    if numbers:
-        number = numbers[-1]
-        start = max(response.rfind(end, 0, number.start()) for end in (". ", "! ", "? ", "\n"))
-        if not doubtful(response[start + 1:]):
-            return number[0], "number"
+    for sentence in reversed(SENTENCE_END.split(response)):
+        if numbers := NUMBER.findall(sentence):
+            return (None, None) if DOUBT.search(sentence) else (numbers[-1], "number")
     return None, None
 
 
 def stated(tail):
     """The answer at the head of what follows "answer is", without emphasis; None where its
     sentence makes it a condition's or takes it back."""
-    answer = STATED.match(tail.replace("**", "").rstrip())[0]
-    if doubtful(re.sub(FORMULA, "", tail)):
+    tail = tail.replace("**", "").rstrip()
+    if DOUBT.search(re.sub(FORMULA, "", SENTENCE_END.split(tail)[0])):
         return None
-    return re.sub(r"\$|\\[()\[\]]", "", answer).strip(" *_") or None
-
-
-def doubtful(rest):
-    """Whether the rest of a sentence takes back or conditions what is before it."""
-    return DOUBT.search(re.split(r"(?<=[.!?])\s+(?=[A-Z*])|\n", rest)[0]) is not None
+    return re.sub(r"\$|\\[()\[\]]", "", STATED.match(tail)[0]).strip(" *_") or None
 
 
 def extract_answer(response):
@@ -923,7 +918,8 @@ def known_unit(name):
     """A unit's factor and the powers of base units in it, of km 1000 and {"m": 1}; or None."""
     for i in range(len(name)):
         prefix, rest = f"{name[:i]}-", name[i:]
-        for spelled in (rest, rest.lower(), rest.lower().removesuffix("s") * (len(rest) > 3)):
+        singular = rest.lower().removesuffix("s" if len(rest) > 3 else "")
+        for spelled in (rest, rest.lower(), singular):
             if prefix in UNITS and spelled in UNITS:
                 return UNITS[prefix][0] * UNITS[spelled][0], UNITS[spelled][1]
     return None
@@ -1070,9 +1066,10 @@ def equation(sides, signs, names):
 # Maths: the value of a tree
 
 
-WORK = threading.local()  # of this thread: mp, mpmath's numbers; what is left to work out, each number
-# of more digits counted more; bits that the numbers met need; whether they are to be real; the
-# base of a log without one, 0 for e
+# Of this thread: mp, mpmath with its own precision; left, what may still be worked out, numbers of
+# more digits counted more; needed, the bits of the numbers met; real, whether one that is not real
+# counts as undefined; log, the base of a log without one, 0 for e.
+WORK = threading.local()
 
 
 def begin_work():
@@ -1306,7 +1303,7 @@ def with_constant_of(a, b):
                 for extra in (names - others, others - names))
     if len(own) == len(its) == 1:
         return substituted(a, {own[0]: ("sym", its[0])})
-    if own and a[0] == "+" and len(names) > 1:
+    if own and own[0][0] == "C" and a[0] == "+" and len(names) > 1:
         return ("+", [item for item in a[1] if item != ("sym", own[0])])
     return a
 
@@ -1489,9 +1486,9 @@ def is_number(gold):
     begin_work()
     try:
         tree = read(gold)
-        return value(tree[1][0] if tree[0] == "quantity" else tree, {}) is not None
-    except (NotMath, ArithmeticError, ValueError, TypeError, RecursionError):
+    except (NotMath, RecursionError):
         return False
+    return tree[0] not in STRUCTURES - {"quantity"} and not symbols(tree)
 
 
 # ---------------------------------------------------------------------------------------------

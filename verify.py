@@ -296,7 +296,8 @@ CHOICE = re.compile(r"""(?x)
         [\s:]*+ (?i:(?:not\s++\(?[A-J]\)?,?\s++but|definitely|clearly|therefore|option|choice|letter
               )\s++)*+ (?: [(\[]\s*([A-Ja-j])\s*[)\]] | (?![AI]\s++[a-z])([A-J])(?![A-Za-z0-9']) )
     | (?<!and\s)(?<!or\s)\b([A-J])\)?\s++is\s++(?:the\s++)?(?i:correct|right|best|answer)\b
-    | \b(?i:thus|therefore|hence|so|definitely)\b[\s,]*+ \(?([A-J])\)? (?=\W*+$) )""", re.MULTILINE)
+    | \b(?i:thus|therefore|hence|so|definitely|not\s++\(?[A-J]\)?,?\s++but)\b[\s,]*+
+        \(?([A-J])\)? (?=\W*+$) )""", re.MULTILINE)
 
 TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
         "<|end_of_solution|>")  # plain text to Qwen's tokenizer
@@ -974,8 +975,9 @@ def added(items):
     if len(set(factors)) < len(items) or any(words or powers != units[0][1]
                                              for _, powers, words in units):
         return None
-    return ("quantity", [("+", [times(("num", factor / factors[0]), item[1][0])
-                                for item, factor in zip(items, factors, strict=True)])], items[0][2])
+    total = [times(("num", factor / factors[0]), item[1][0])
+             for item, factor in zip(items, factors, strict=True)]
+    return ("quantity", [("+", total)], items[0][2])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1005,7 +1007,7 @@ def elements(items):
     """The elements of a list, each with every reading of its plus-minus signs."""
     found = []
     for item in items:
-        if item[0] in ("list", "or", "and") and "relation" not in leaves(item):
+        if item[0] in ("list", "or", "and") and not has_conditions(item):
             found += elements(item[1])
             continue
         free = sorted(name for name in symbols(item) if name[0] == "±" and item[0] != "set")
@@ -1014,6 +1016,11 @@ def elements(items):
         for signs in itertools.product((ONE, MINUS_ONE), repeat=len(free)):
             found.append(canonical(substituted(item, dict(zip(free, signs, strict=True)))))
     return found
+
+
+def has_conditions(tree):
+    is_equation = tree[0] == "relation" and set(tree[2]) <= {"=", "≈"}
+    return tree[0] in REGIONS and not is_equation or any(map(has_conditions, parts(tree)))
 
 
 def joined(kind, items):

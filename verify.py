@@ -81,8 +81,8 @@ MAX_ELEMENTS = 100     # of a list or set
 MAX_BITS = 1 << 16     # of a number
 MAX_DIGITS = 10_000     # of one with a root, logarithm or angle in it
 MAX_EXPONENT = 10**6  # of one of those
-MAX_WHOLE = 8192       # of a factorial, and terms of a sum
-MAX_WORK = 100_000   # see `spent`
+MAX_WHOLE = 4096       # of a factorial, and of a sum's last term
+MAX_WORK = 80_000   # see `spent`
 ONE, MINUS_ONE, HALF = (("num", Fraction(n)) for n in (1, -1, "1/2"))
 BARE_UNITS = {  # the second reading of a number with them
     "%": [("num", Fraction(1, 100))], "°": [("sym", "pi"), ("num", Fraction(1, 180))]}
@@ -90,17 +90,17 @@ CONSTANTS = {"e": "e", "i": "j", "pi": "pi"}  # by mpmath's names
 GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda "
             "mu nu xi pi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda "
             "Xi Pi Sigma Phi Psi Omega".split())
+APPLIED = set("f phi varphi Gamma psi zeta delta".split())  # f(x) is no product
 ACCENTS = set("bar dot ddot hat tilde overline vec".split())
-TRIGONOMETRIC = set("sin cos tan cot sec csc".split())
+TRIGONOMETRIC = set("sin cos tan cot sec csc sinh cosh tanh".split())
 MPMATH = {  # functions of one number, by mpmath's names
-    **{name: name for name in [*TRIGONOMETRIC, "sinh", "cosh", "tanh", "exp"]}, "ln": "log",
-    "lg": "log10", "arcsin": "asin", "arccos": "acos", "arctan": "atan", "cis": "expj",
-    "tg": "tan", "ctg": "cot", "arctg": "atan",
-    "factorial": "factorial"}
-GROWING = ("exp", "sinh", "cosh", "tanh", "factorial")
+    **{name: name for name in [*TRIGONOMETRIC, "exp"]}, "ln": "log", "lg": "log10", "cis": "expj",
+    **{f"arc{name}": f"a{name}" for name in TRIGONOMETRIC}, "tg": "tan", "ctg": "cot",
+    "arctg": "atan"}
+GROWING = ("exp", "sinh", "cosh", "tanh")
 ANGLE_FUNCTIONS = {*MPMATH, "log"}
 FUNCTIONS = ANGLE_FUNCTIONS | set("sqrt frac binom max min gcd lcm sum prod det".split())
-REGIONS = ("relation", "union", "meet", "minus")
+REGIONS = ("relation", "member", "union", "meet", "minus")
 STRUCTURES = {*REGIONS, "list", "set", "()", "[)", "(]", "[]", ":", "matrix", "row", "equation",
               "named", "quantity", "text", "inf", "based"}
 SETS = {"∅": ("set", []), "∞": ("inf", 1), "ℝ": ("()", [("inf", -1), ("inf", 1)])}
@@ -206,7 +206,7 @@ UNIT_TABLE = """
     $ usd dollar 美元
     € eur euro
     元 yuan rmb 块
-    ₹ rs rupee
+    ₹ Rs rupee
     celsius
     fahrenheit
     % percent
@@ -215,10 +215,12 @@ UNIT_TABLE = """
     bit
     month
     rad radian
-    unit 个 = 1
+    unit
+    个 = 1
     N newton = 1000 g m/s^2
     J joule = 1 N m
     W watt = 1 J/s
+    Wh = 3600 J
     Pa pascal = 1 N/m^2
     Hz hertz = 1 /s
     C coulomb = 1 A s
@@ -255,49 +257,59 @@ UNIT_TABLE = """
 """
 POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3}
 BOX_SIGN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]")
-LISTED = re.compile(r"(?:[\s$,;]|\\[)\]])*+(?:and|or|\\text\{\s*(?:and|or)\s*\})?"
-                    r"(?:[\s$]|\\[(\[])*+([a-z]\s*=\s*)?")  # between boxes of one list
+LISTED = re.compile(r"(?:[ \t$,;/]|\n(?!\s*\n)|\\[)\]]|\\q?quad)*+(?:and|or|\\text\{ *(?:and|or) *\})?"
+                    r"(?:[ \t$]|\n(?!\s*\n)|\\[(\[]|\\q?quad)*+([a-z] *= *)?")  # between boxes
 PHRASE = re.compile(r"\banswer\s*+(?:\*\*\s*+)?(?:(?:is|are|was)(?![a-z])|[:=])", re.IGNORECASE)
-FORMULA = r"(?:\$\$?[^$]+\$\$?|\\\(.+?\\\)|\\\[.+?\\\])"
+FORMULA = r"(?:\$\$?[^$]{1,999}\$\$?|\\\((?:(?!\\\)).){1,999}\\\)|\\\[(?:(?!\\\])[\s\S]){1,999}\\\])"
 # "$5$ and $7$" goes on, as does "$5$ cm"; "$5$, because" does not
 STATED = re.compile(rf"{FORMULA}(?:(?: *+,| +and| +or)++ *+{FORMULA})*+"
                     r"(?: *+(?:\\?%|[A-Za-z]++)(?= *+\.?$))?"
-                    r"|.*?(?=[.!?]\s+[A-Z*]|,\s+(?:as|since|because|so|which)\b|[.!]?$)")
+                    r"|.*?(?=[.!?]\s+[A-Z*]|[,;]\s+(?:as|since|because|so|which|we)\b|[.!]?$)",
+                    re.MULTILINE)
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z*])|\n")
-DOUBT = re.compile(r"\?|\b(?:if|when|whenever|unless|assuming|provided|wait|actually|not|cannot)\b|"
-                   r"^\W*no,", re.IGNORECASE)
+CLAUSE_END = re.compile(r"[.!?,;:]\s+|\n")
+DENIED = re.compile(r"(?i)n't\b|\b(?:not|cannot|never|wrong|incorrect|false|suppose|assum\w+|doubt|"
+                    r"if|unless|whether|nobody|no one|tempting|least likely)\b")
+DOUBT = re.compile(rf"{DENIED.pattern}|\?|\b(?:when|whenever|provided|wait|actually|impossible)\b")
+TAKEN_BACK = re.compile(r"(?i)\W*(?:(?:but )?wait|no|hmm|actually|on second thought|wrong)\b")
 NUMBER = re.compile(r"(?<![\w)])-?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?%?"
                     r"|\d+(?:\.\d+)?")
 WORDS = re.compile(r"[A-Za-z][A-Za-z '.]*")
 WORD = re.compile(r"(?i)(?<![A-Za-z])(?:(?![abcxyz]+\b)(?=[a-z]*[aeiou])[a-z]{2}|[a-z]{4}|"
                   r"(?-i:[A-Z]{2,}$))")
 TOKEN = re.compile(r"⟪[^⟫]*⟫|\d+\.?\d*|\.\d+|\\[A-Za-z]+|\\.|\S", re.DOTALL)
-BASED = re.compile(r"\(?\s*(\w*?)\s*\)?\s*_\s*\{?\s*(\d++)\s*\}?")
-UNIT_LETTERS = re.compile(r"(?<=[\d)}])\s*((?:m|s|g|L|h)(?:\^\{?\d\}?)?(?:/s(?:\^\{?\d\}?)?)?)$")
+BASED = re.compile(r"\(? ?([0-9A-F]+) ?\)? ?_ ?\{? ?(\d{1,2}) ?\}?")
+# units as variables are written: 5m, 9 m/s^2, 3 km
+UNIT_LETTERS = re.compile(
+    r"(?<=[\d)}]) ?((?:[msgLh]|[ckm]m|[km]g|m[lL]|ft|in|lbs?|oz|hrs?|min|sec|eV|Pa|Hz|mol|mph|km?ph)(?:\^\{?\d\}?)?(?: ?/ ?[a-z]{1,3}(?:\^\{?\d\}?)?)?)$")
 UNIT_WORD = re.compile(r"([^\W\d_]+|[°%$¢€£¥₹/])\s*\^?\s*\{?\s*(-?\d)?")
 TEMPERATURE = re.compile(r"(?i)(?:°|\bdegrees?)\s*(?:(c)(?:elsius)?|f(?:ahrenheit)?)\b")
-INTEGRATION = re.compile("[Cc](?:_[0-9])?|[kK]|const")
+INTEGRATION = re.compile("[CcKk]|C_[0-9]")
 # what an equation may name: x, x_1, f(2), AB, \cos A, (x,y), and words
 NAME = re.compile(rf"""(?x) ⟪.* | [|\[]? [A-Z]{{2,}} [|\]]? | \(\\?[A-Za-z]+(?:,\\?[A-Za-z]+)+\)
     | (?:\\(?:sin|cos|tan|Delta)\d?)? (?:[A-Za-z]|\\(?:{"|".join(GREEK - {"pi"})})) '* (?:_\w+)? '*
       (?:\^-1)? (?:\(.*\))?""")
 OPTION = re.compile(r"(?:(?:option|choice|answer)\b\s*+(?::\s*+)?)?(?:[(\[]\s*([A-J])\s*[)\]]"
                     r"|([A-J])\s*[.):,]|([A-J])\s*$)", re.IGNORECASE)
-SECOND_OPTION = re.compile(r"[ \t]*+(?:(?:[,/&]|\band\b|\bor\b)[ \t]*+)?[(\[]?[A-J][)\].]?"
-                           r"(?![A-Za-z0-9'])|\s*+(?:\?|(?:if|when|unless)\b)")
-DECORATION = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|rm|it))\s*\{|\\[()\[\]]|</?answer>|"
-                        r"[*_`'\"$}]")
-# What says which option it is: before a letter in brackets, or a capital that is no article; behind
-# it; or, as the last word of a line, a mere "so" before it.
-CHOICE = re.compile(r"""(?x)
-    (?: \b(?i:(?:answer|option|choice|solution)(?:\s++(?:choice|option|letter))?\s*+
-              (?:(?:is|must\s+be|would\s+be|should\s+be)(?![a-z])|[:=-])
-            | (?:correct|right|best)\s++(?:\w++\s++)?is\b | (?:choose|select|pick|answer)\b)
-        [\s:]*+ (?i:(?:not\s++\(?[A-J]\)?,?\s++but|definitely|clearly|therefore|option|choice|letter
-              )\s++)*+ (?: [(\[]\s*([A-Ja-j])\s*[)\]] | (?![AI]\s++[a-z])([A-J])(?![A-Za-z0-9']) )
-    | (?<!and\s)(?<!or\s)\b([A-J])\)?\s++is\s++(?:the\s++)?(?i:correct|right|best|answer)\b
-    | \b(?i:thus|therefore|hence|so|definitely|not\s++\(?[A-J]\)?,?\s++but)\b[\s,]*+
-        \(?([A-J])\)? (?=\W*+$) )""", re.MULTILINE)
+SECOND_OPTION = re.compile(
+    r"[ \t]*+(?:(?:[,;/&|+∪>-]|\b(?:and|or|plus|as well as|also|maybe|then)\b)[ \t]*+)*+[(\[]?"
+    r"[A-HJ][)\].]?(?![A-Za-z0-9']| (?:is|are|was) )|[)\].,;: ]*+(?:\?|(?i:\(?or\b|only if|if|when|"
+    r"unless|assuming|no\b|wait|(?:which )?is (?:wrong|incorrect|false)|wrong|incorrect|false|true))")
+DECORATION = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|rm|it))\s*\{|\\[()\[\]]|</?\w+>|"
+                        r"[*_`\"“”${}]|(?<![a-z])'|'(?![a-z])")
+LETTER = r"""(?: [(\[]\s*([A-Ja-j])\s*[)\]] | (?![AI]\s++(?!only)[a-z])([A-J])(?![A-Za-z0-9'^_+*-]
+    |\.[A-Z]|\s*+[=^+*<>/\\]|\s\w\^) | ([a-j])(?=\W*+$) )"""
+# What says which option it is, the surest first: "the answer is" before a letter; "is correct"
+# behind one; and, where the line ends with it, "choose" or a mere "so" before it.
+CHOICES = [re.compile(rf"(?xm){pattern}") for pattern in (
+    rf"""\b(?i:ans(?:wer)?|option|choice|(?:correct|right|best)\s++(?:one|letter|statement|option))
+    (?i:\s++(?:choice|option|letter|to\s+th(?:is|e)\s+question))?\s*+(?:(?i:is|(?:must|would|should|will)
+    \s+be)(?![a-z])|[:=-]|(?<=answer)\s(?=\([A-J]\)))[\s:]*+(?i:(?:not\s++\(?[A-J]\)?,?\s++but|definitely|clearly|indeed|obviously
+    |therefore|probably|option|choice|letter)\s++)*+{LETTER}""",
+    r"""(?:^|[.!?:,]\s|\b(?i:option|choice|answer|so|thus|hence|therefore),?\s)\W?(?![AI]\s++(?!is))
+    \(?([A-J])\)?\s++is\s++(?:the\s++)?(?i:correct|right|best|answer)\b""",
+    r"""\b(?i:choose|select|pick|thus|therefore|hence|so|definitely|it['i\s]*s|(?:must|has\s+to)\s+be|go(?:ing)?\s+with|which\s+is|not\s++
+    \(?[A-J]\)?,?\s++but)\b[\s,:]*+(?i:option\s++|choice\s++)?(?:\(([A-J])\)|([A-HJ]))(?=\W*+$)""")]
 
 TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
         "<|end_of_solution|>")  # plain text to Qwen's tokenizer
@@ -376,31 +388,42 @@ def find_answer(response):
     """The answer and how it was found: "box", "mark", "phrase" or "number"; or (None, None)."""
     if found := boxes(response):
         start, _, answer = found.pop()
-        while found and answer and (listed := LISTED.fullmatch(response, found[-1][1], start)):
+        last = answer
+        while found and answer and len(answer) < MAX_LENGTH and (
+                listed := LISTED.fullmatch(response, found[-1][1], start)):
             start, _, before = found.pop()
-            if not math_equal(before, answer):  # else it is said twice
+            if not math_equal(before, last):  # else it is said twice
                 answer = f"{before}, {listed[1] or ''}{answer}"
-        return (answer, "box") if answer else (None, None)
+        signed = re.search(r"(?:[-−+]|\bnot) *\$? *$", response[:start])
+        return (answer, "box") if answer and not signed else (None, None)
     head, mark, tail = response.rpartition("####")
-    if mark and tail.strip():
+    if mark and tail.strip() and not PHRASE.search(tail):
         return tail.strip().split("\n")[0].strip(), "mark"
-    _, *tails = PHRASE.split(response)
-    if tails and (tail := tails[-1].lstrip(" \t\n*_:=").split("\n")[0]):
-        answer = stated(tail)
+    *_, phrase = [None, *PHRASE.finditer(response)]
+    if phrase and (tail := response[phrase.end():].lstrip(" \t\n*_:=")):
+        denied = DENIED.search(CLAUSE_END.split(response[:phrase.start()])[-1])
+        answer = None if denied else stated(tail[:MAX_LENGTH])
         return (answer, "phrase") if answer else (None, None)
     for sentence in reversed(SENTENCE_END.split(response)):
-        if numbers := NUMBER.findall(sentence):
-            return (None, None) if DOUBT.search(sentence) else (numbers[-1], "number")
+        if numbers := list(NUMBER.finditer(sentence)):
+            number = numbers[-1]
+            part = re.search(r"[\w^{}\\.,:(−]$|[-−\d] $", sentence[:number.start()]) or re.match(
+                r"[\^!\\{(π²³]|[A-Za-z](?![A-Za-z])|\.\d", sentence[number.end():])
+            if part or DOUBT.search(sentence) or TAKEN_BACK.match(sentence):
+                return None, None
+            return number[0], "number"
     return None, None
 
 
 def stated(tail):
     """The answer at the head of what follows "answer is", without emphasis; None where its
-    sentence makes it a condition's or takes it back."""
-    tail = tail.replace("**", "").rstrip()
-    if DOUBT.search(re.sub(FORMULA, "", SENTENCE_END.split(tail)[0])):
+    sentence makes it a condition's, or that or the next one takes it back."""
+    tail = re.sub(r"^(?:therefore|thus|exactly|simply|equal to|given by) |</?answer>|\*\*", "", tail)
+    answer = STATED.match(tail)[0]
+    sentence, *others = SENTENCE_END.split(re.sub(FORMULA, "", tail))
+    if DOUBT.search(sentence) or others and TAKEN_BACK.match(others[0]):
         return None
-    return re.sub(r"\$|\\[()\[\]]", "", STATED.match(tail)[0]).strip(" *_") or None
+    return re.sub(r"\\?\$|\\[()\[\]]", "", answer).strip(" *_'\"“”\n") or None
 
 
 def extract_answer(response):
@@ -424,14 +447,12 @@ def sign(match):
 
 
 def bare_word(match):
-    """Letters that are no product of variables: a function's name, a unit, a long word."""
-    before, word = match[1] or "", match[2] or ""
+    """Letters that are no product of variables: a function's name, a long word."""
+    word = match[1] or ""
     if word in FUNCTIONS or word in GREEK:
-        return f"{before}\\{word} "
-    is_unit = known_unit(word) and (before and len(word) > 1 or not word.isascii())
-    if is_unit or len(word) > 3 or word in ("per", "day"):
-        return f"{before}⟪{word}⟫"
-    return match[0]
+        return f"\\{word} "
+    is_word = len(word) > 3 or word in ("per", "day") or known_unit(word) and not word.isascii()
+    return f"⟪{word}⟫" if is_word else match[0]
 
 
 def words_only(match):
@@ -442,6 +463,8 @@ def words_only(match):
 
 
 def integer_parameter(match):
+    if re.search(rf"_\{{?{match[2]}", match[1]):  # a_n = 2n
+        return match[1]
     return re.sub(rf"(?<![A-Za-z\\]){match[2]}(?![A-Za-z])", "k", match[1])
 
 
@@ -452,6 +475,7 @@ def repeating(match):
 
 
 NUMBER_NAME = "|".join(sorted(NUMBER_WORDS, key=len, reverse=True)).replace("-", "[ -]")
+SAID = r"[A-Za-z ]*\b(?:answer|value|result|total|sum|probability|area|volume|length)\b[A-Za-z ]*\b(?:is|are|equals)"
 D = r"(?:d|\\mathrm ?\{d\})"  # of a derivative
 # Four passes, each with the texts that need it, and its rules in the order in which they are
 # applied. Each rule has an example, which the tests run: what goes in, what comes out.
@@ -465,7 +489,8 @@ SPELLING = [(name, re.compile(needed), [(re.compile(pattern), *rule) for pattern
     ("commands", r"[^\w\s+/^()-]|[^\x00-\x7f]", [
         (r"\\\$", "USD ", r"\$12", "USD 12"),
         (r"\$|`|^ ?\*\*|\*\* ?$|(?<!\\)\\[()\[\]]", " ", "$5$", " 5 "),
-        (r"(\\nabla *)\\times", r"\1\\cross ", r"\nabla\times F", r"\nabla\cross  F"),
+        (r"(\\(?:nabla|vec|math(?:bf|rm)|bm|boldsymbol|overrightarrow)(?![A-Za-z])[^=+\d]*)\\times",
+         r"\1\\cross ", r"\nabla\times F", r"\nabla\cross  F"),
         (r"\\\\ ?\[ ?[\d.]+ ?(?:pt|[cme]m|ex) ?\]", r"\\\\", r"1\\[2pt]2", r"1\\2"),
         (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z]) ?\.?|(?<!\\)\\! ?", "",
          r"\left(1\right)", "(1)"),
@@ -473,67 +498,71 @@ SPELLING = [(name, re.compile(needed), [(re.compile(pattern), *rule) for pattern
          r"\color{red}{5}", "{5}"),
         (r"\{([^{}]*)\\(over|choose)(?![A-Za-z])([^{}]*+)\}", r"\\\2{\1}{\3}", r"{3\over4}",
          r"\over{3}{4}"),
-        (r"\\(begin|end) *\{(\w+)\}(?:\{[lcr| ]*\})?", r"\\\1⟪\2⟫", r"\begin{array}{cc}",
-         r"\begin⟪array⟫"),
+        (r"\\begin *\{(\w+)\}(?: *\{[lcr| ]*\})?", r"\\begin\1 ", r"\begin{array}{cc}",
+         r"\beginarray "),
+        (r"\\end *\{\w+\}", r"\\end ", r"\end{cases}", r"\end "),
         (r"\\\\|\\[A-Za-z]+|\\[,;:> %|]|\*\*|[<>!]=|\.\.\.|~|\{[,:]\}", sign, r"x\leq 3", "x≤ 3"),
         (r"\^ *(?:\{ *)?(°|'+) *\}?", r"\1", "90^{°}", "90°"),
+        (r"\^ *\{ *\((\w+)\) *\}", r"\\order \1", "f^{(2)}", r"f\order 2"),
         (r"\\mathbb *(?:\{R\}|R)", "ℝ", r"\mathbb{R}", "ℝ"),
         (r"ℝ ?\^\{?\+\}?", "(0,∞)", "ℝ^+", "(0,∞)"),
         (r"ℝ ?- ?(?=\\\{)", "ℝ∖", r"ℝ-\{3\}", r"ℝ∖\{3\}"),
         (r"\\\{ *\\\}", "∅", r"\{\}", "∅"),
-        (r"\\(?:math(?:bf|it|sf|bb)|boldsymbol|bm|underline)(?![A-Za-z])|\bnp\.", "",
+        (r"(?<!\^)(?<!\^\{)\\(?:math(?:bf|it|sf|bb)|boldsymbol|bm|underline)(?![A-Za-z])|\bnp\.", "",
          r"\mathbf{v}", "{v}"),
         (r"\\(?:bar|overrightarrow) *\{([A-Z](?: ?[A-Z])+)\}", r"⟪\1⟫", r"\bar{AB}", "⟪AB⟫"),
         (r"\\Delta(?= *\{?[A-Z] ?[A-Z] ?[A-Z])", r"\\triangle", r"\Delta ABC", r"\triangle ABC"),
         (r"\\(angle|triangle) *(?:\{([A-Z ]+)\}|([A-Z](?: ?[A-Z])*))", r"⟪\1 \2\3⟫",
          r"\angle ABC", "⟪angle ABC⟫"),
-        (rf"\\frac *\{{ *{D}[\w ]*\}} *\{{ *{D} *\w *\}}|\bd[a-z]/d[a-z]\b", r"⟪\g<0>⟫",
+        (rf"\\frac *\{{ *{D}[\w ^]*\}} *\{{ *{D} *[\w^]+ *\}}|\bd[a-z]/d[a-z]\b", r"⟪\g<0>⟫",
          r"\frac{dy}{dx}", r"⟪\frac{dy}{dx}⟫"),
-        (r"(?:(?<=[,;])|^) *(?:\\(?:max|min|lim)(?![A-Za-z])[^=∈]*|[A-Z]\([^()]*\)|"
-         r"\w_\{[^{}]*[⟪\\][^{}]*\}|\w\(\w\)_\{?\\?\w+ *\}?|[a-z](?::[a-z])+|"
+        (r"(?:(?<=[,;])|^) *(?:\\(?:max|min|lim|det)(?![A-Za-z])[^=∈]*|[A-Z]\([^()]*\)|"
+         r"\w_\{(?:[^{}]|\{[^{}]*\}){2,}\}|\w\(\w\)_\{?\\?\w+ *\}?|[a-z](?::[a-z])+|"
          r"(?:⟪\w+⟫|\w+) *[*∪∩] *(?:⟪\w+⟫|\w+)) *(?==)",
-         lambda match: f"⟪{re.sub('[⟪⟫]', '', match[0])}⟫", r"\max =6", r"⟪\max ⟫=6"),
+         lambda match: f"⟪{re.sub('[⟪⟫,;]', '', match[0])}⟫", r"\max =6", r"⟪\max ⟫=6"),
         (r"^[ :=≈]+|[ .,:]+$", "", "= 5.", "5"),
     ]),
     ("text", r"(?<![A-Za-z\\])[A-Za-z]{2}|\\(?:[thoOp{]|m(?:a|b|od))|:\d\d|[^\x00-\x7f]", [
-        (rf"(?i)(?<![A-Za-z\\-])(?:{NUMBER_NAME})(?![A-Za-z-])", lambda match: NUMBER_WORDS[
-            match[0].lower().replace(" ", "-")], "twenty-five", "25"),
+        (rf"(?i)(?<![A-Za-z\\-])(?:{NUMBER_NAME})(?![A-Za-z-])", lambda match: NUMBER_WORDS.get(
+            match[0].lower().replace(" ", "-"), match[0]), "twenty-five", "25"),
         (r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|tt)|mbox|hbox|operatorname\*?) *"
          r"\{((?:[^{}]|\{[^{}]*\})*+)\}", r"⟪\1⟫", r"5\text{ cm}", "5⟪ cm⟫"),
         (r"⟪ *([eid]|C(?=⟫ ?[_(])|[\W\d_]*?) *⟫", r" \1 ", "⟪17⟫", " 17 "),
         (rf"⟪ *({'|'.join(FUNCTIONS - {'min', 'sec'})}) *⟫", r"\\\1 ", "⟪sin⟫x", r"\sin x"),
         (r"(?i)\b(?:positive )?infinity\b|\boo\b", "∞", "infinity", "∞"),
-        (r"(?i)⟪? *(?:\b(negative|minus) )? *∞ *⟫?", lambda match: "-∞" if match[1] else "∞",
-         "⟪negative ∞⟫", "-∞"),
+        (r"(?i)\b(?:negative|minus) (?=\d|∞)", "-", "minus ∞", "-∞"),
+        (r"⟪ *(-?∞) *⟫", r"\1", "⟪-∞⟫", "-∞"),
         (r" *(\band\b|\bor\b|[,;]) *(?=[^⟪⟫]*⟫)", r"⟫ \1 ⟪", "⟪2 h and 5 s⟫",
          "⟪2 h⟫ and ⟪5 s⟫"),
         (r"⟪ *(-?\d[\d.,:/*^ ]*)", r"\1⟪", "⟪2 h⟫", "2 ⟪h⟫"),
-        (r"⟪?(USD|EUR|Rs\.?|[€£¥₹])[ ⟫]*(-? ?(?:\d[\d,.]*)?\d)", r"\2⟪\1⟫", "USD 12", "12⟪USD⟫"),
+        (r"⟪?(USD|EUR|Rs\.?|[€£¥₹])[ ⟫]*(-? ?(?:\d[\d,.]*)?\d(?: ?\*10+(?:\^\d+)?)?)", r"\2⟪\1⟫", "USD 12",
+         "12⟪USD⟫"),
+        (r"USD (?=\\)", "", r"USD \frac{3}{4}", r"\frac{3}{4}"),
         (r"[€£¥₹¢](?!⟫)", r"⟪\g<0>⟫", "5€", "5⟪€⟫"),
         (r"⟪ *(?:if|when)? *⟫", "", "⟪if⟫ x>0", " x>0"),
         (r"(?i)(:\d\d) ?⟪? ?([ap])\.? ?m\b\.?⟫?", lambda match: match[1] + f"⟪{match[2].lower()}m⟫",
          "6:40 P.M.", "6:40⟪pm⟫"),
         (r"° ?([CF])(?![A-Za-z])", r"⟪°\1⟫", "20° C", "20⟪°C⟫"),
         (r"^(.*[^, (])[ ,(]*(?:⟪(?:for|where|with|for all)⟫)? *\b([a-z]) *"
-         r"(?:∈ *\{?[ZN]\}?|⟪is an integer⟫) *\)?$", integer_parameter, r"2n\pi , n ∈ {Z}",
+         r"(?:∈ *\{?[ZN]\}?(?:\^ ?\{?[*+]\}?|_\+)?|⟪is an integer⟫) *\)?$", integer_parameter, r"2n\pi , n ∈ {Z}",
          r"2k\pi"),
         (r"\(? *(?:\\[pb]?mod|⟪?\bmod\b *⟫?)(?![A-Za-z]) *\{?(\w+)\}? *\)?", r"\\mod \1",
          r"3\pmod{7}", r"3\mod 7"),
         (r"\\\{ *[a-z] *(?:∈ *ℝ *)?[|:](?=.*\\\})(.*?)\\\}", r"\1", r"\{x | x>2\}", " x>2"),
-        (r"^(?:⟪(?:about|approximately|[^⟪⟫]*\b(?:is|are|equals))[ :]*⟫(?=.)|"
-         r"(?:if|when|about|approximately) |[A-Za-z ]*\b(?:is|are|equals) (?=[-\d\\(]))", "",
-         "the answer is 5", "5"),
+        (rf"^(?:⟪(?:about|approximately|both|either|{SAID})[ :]*⟫(?=.)|(?:if|when|about|approximately|both|either) |"
+         rf"{SAID} (?=[-\d\\(]))", "", "the answer is 5", "5"),
         (r"⟪? *\band\b *⟫?", "∧", "x>1 and x<2", "x>1∧x<2"),
         (r"⟪? *\bor\b *⟫?", "∨", "x=1 or x=2", "x=1∨x=2"),
-        (r", ?(?=[,∧∨])", "", "1, 2, ∧ 3", "1, 2∧ 3"),
+        (r", ?(?=[,∧∨&])", "", "1, 2, ∧ 3", "1, 2∧ 3"),
         (r"[^,;∧∨⟪⟫]+|⟪[^⟪⟫]*⟫", words_only, "Alice∧Bob", "⟪Alice⟫∧⟪Bob⟫"),
-        (r"⟪[^⟪⟫]*⟫|\\[A-Za-z]+|([\d)}] ?)?([^\W\d_]+)", bare_word, "5cm", "5⟪cm⟫"),
+        (r"⟪[^⟪⟫]*⟫|\\[A-Za-z]+|([^\W\d_]+)", bare_word, "5 miles", "5 ⟪miles⟫"),
         (r"(?:(?<=\d)|⟪ ?([kMm]?)⟫) *\\Omega", r"⟪\1Ω⟫", r"5⟪k⟫\Omega", "5⟪kΩ⟫"),
         (r"\\mu *⟪", "⟪μ", r"5\mu ⟪m⟫", "5⟪μm⟫"),
         (r"(?<![A-Za-z\\])([A-Za-z]{2,}) ?⟪", r"⟪\1 ", "9 red⟪marbles⟫", "9 ⟪red marbles⟫"),
         (r"⟫ ?(\^ ?\{? ?-?\d ?\}?|/ ?[A-Za-z](?![A-Za-z⟪]))", r"\1⟫", "5⟪cm⟫^2", "5⟪cm^2⟫"),
         (r"⟫ ?([/*]?) ?⟪", r" \1", "5⟪m⟫/⟪s^2⟫", "5⟪m /s^2⟫"),
-        (r"(\d ?⟪[^⟪⟫]*⟫) ?(?=\d)", r"\1∧", "5⟪ft⟫6⟪in⟫", "5⟪ft⟫∧6⟪in⟫"),
+        (r"(?<=\d) ?⟪([^⟪⟫]*)⟫ ?(?=\d)", lambda match: match[0] + "∧" * bool(known_unit(match[1].strip())),
+         "5⟪ft⟫6⟪in⟫", "5⟪ft⟫∧6⟪in⟫"),
     ]),
     ("numbers", r"\d\D*[\d.]|\.\d|C", [
         (r"(?<![\d.])([1-9]\d{0,2})((?: \d{3})+)(?!\d)",
@@ -549,9 +578,9 @@ SPELLING = [(name, re.compile(needed), [(re.compile(pattern), *rule) for pattern
          r"(0.+\frac{3}{9})"),
         (r"(\d)[eE]([+-]?\d{1,9})(?![A-Za-z\d])", r"\1*10^{\2}", "1.6e-19", "1.6*10^{-19}"),
         (r"(?<![\d.}/)^_])(\d+) (\d+) ?/ ?(\d+)(?![\d.])", r"(\1+\2/\3)", "2 1/3", "(2+1/3)"),
-        (r"(?:\{\} ?)?[_^] ?\{?(\w+)\}? ?C ?_ ?\{?(\w+)\}?", r"\\binom{\1}{\2}", "{}_5C_2",
+        (r"(?:\{\} ?|^|(?<=[-+*/=( ]))[_^] ?\{?(\w{1,9})\}? ?C ?_ ?\{?(\w{1,9})\}?", r"\\binom{\1}{\2}", "{}_5C_2",
          r"\binom{5}{2}"),
-        (r"\bC ?_ ?(?:\{(\w+)\}|(\w)) ?\^ ?(?:\{(\w+)\}|(\w))", r"\\binom{\1\2}{\3\4}", "C_5^2",
+        (r"\bC ?_ ?(?:\{(\w{2,9})\}|\{?([2-9a-z])\}?) ?\^ ?(?:\{(\w+)\}|(\w))", r"\\binom{\1\2}{\3\4}", "C_5^2",
          r"\binom{5}{2}"),
         (r"\bC ?\((\w+), ?(\w+)\)", r"\\binom{\1}{\2}", "C(5,2)", r"\binom{5}{2}"),
         (r"\]([^][(),]+,[^][(),]+[\[\]])", r"(\1", "]0,1[", "(0,1["),
@@ -591,15 +620,11 @@ SUM_SIGNS = set("+-±∓")
 ENDS = {"", "&", "\\\\", "\\end", *")]}⟩", "\\}", "\\rfloor", "\\rceil", *SUM_SIGNS, *BINDS}
 
 
-def parse(text, unit_letters=False):
-    """The tree of an answer; raises NotMath where it has none. With unit_letters the m of 5m and
-    9 m/s are metres and no variable."""
-    text = respell(text)
-    if unit_letters:
-        text = UNIT_LETTERS.sub(r"⟪\1⟫", text)
-    if match := BASED.fullmatch(text):
-        if re.search(r"\d", match[1]) or match[1].isupper() and len(match[1]) > 1:
-            return ("based", match[1].lower(), match[2])
+def parse(text):
+    """The tree of an answer in one spelling; raises NotMath where it has none."""
+    if (match := BASED.fullmatch(text)) and len(match[1]) > match[1].isalpha() and all(
+            int(digit, 16) < int(match[2]) for digit in match[1]):
+        return ("based", int(match[1], int(match[2])), match[2])
     parser = Parser(TOKEN.findall(text))
     tree = parser.level()
     parser.expect("")
@@ -632,7 +657,7 @@ class Parser:
 
     def source(self, start):
         """The text since a token, without braces: the name of a symbol or a side."""
-        return re.sub(r"[{}\s]|\([a-z]\)$", "", "".join(self.tokens[start:self.i]))
+        return re.sub(r"[{}\s]", "", "".join(self.tokens[start:self.i]))
 
     def level(self, least=0):
         """What the signs of LEVELS join, from one of them on."""
@@ -647,7 +672,10 @@ class Parser:
                 names.append(self.source(begin))
             tree = (kind, items)
             if kind == "relation":
-                tree = ("union", items[-1:]) if "∈" in signs else (kind, items, signs, names)
+                tree = (kind, items, signs, names)
+                if "∈" in signs:
+                    _, region = items  # of two sides alone, else ValueError
+                    tree = ("member", [region], names[0])
         return tree
 
     def quantity(self):
@@ -716,8 +744,8 @@ class Parser:
             return self.group(token)
         if token in SETS:
             return SETS[token]
-        if token == "\\begin":
-            return self.matrix()
+        if token.startswith("\\begin"):
+            return self.matrix(token.removeprefix("\\begin"))
         if token.isalpha() or name in GREEK | ACCENTS:
             start = self.i - 1
             if name in ACCENTS:
@@ -726,8 +754,10 @@ class Parser:
                 self.argument(whole_number=True)
             while self.take("'"):
                 pass
-            if self.tokens[self.i:self.i + 3:2] == ["(", ")"] and self.tokens[self.i + 1].isdigit():
-                self.i += 3  # f(0)
+            applied = self.tokens[self.i:self.i + 3]  # f(0)
+            if applied[::2] == ["(", ")"] and applied[1].isdigit() or applied[:1] == ["("] and (
+                    name in APPLIED):
+                self.base()
             return ("sym", self.source(start).removeprefix("\\").replace("c_", "C_"))
         if name in FUNCTIONS:
             return self.function(name)
@@ -763,20 +793,19 @@ class Parser:
             raise NotMath
         return tree
 
-    def matrix(self):
+    def matrix(self, name):
         """\\begin{pmatrix} a & b \\\\ c & d \\end{pmatrix}; a determinant is worked out."""
-        name, rows, sign = self.take()[1:-1], [[]], "&"
+        rows, sign = [[]], "&"
         while sign != "\\end":
             if sign == "\\\\":
                 rows.append([])
             if self.peek() != "\\end":  # behind the last line's end
                 rows[-1].append(self.level())
             sign = self.expect("&", "\\\\", "\\end")
-        self.take()
         rows = [("row", row) for row in rows if row]
         if name == "cases" and all(len(row) == 1 for _, row in rows):  # a system of equations
             return ("list", [row[0] for _, row in rows])
-        return determinant(rows) if name == "vmatrix" else ("matrix", rows)
+        return determinant(("matrix", rows)) if name == "vmatrix" else ("matrix", rows)
 
     def argument(self, whole_number=False):
         """What a command takes: a group, or one digit, letter or command. A power in plain text
@@ -793,7 +822,7 @@ class Parser:
         if name == "frac":
             return times(self.argument(), ("^", [self.argument(), MINUS_ONE]))
         if name == "det":
-            return determinant(self.base()[1])
+            return determinant(self.base())
         if name == "binom":
             return (name, [self.argument(), self.argument()])
         if name == "sqrt":
@@ -860,9 +889,11 @@ def difference(a, b):
     return ("+", [a, negated(b)])
 
 
-def determinant(rows):
-    (_, (a, b)), (_, (c, d)) = rows
-    return difference(times(a, d), times(b, c))
+def determinant(tree):
+    match tree:
+        case ("matrix", [(_, [a, b]), (_, [c, d])]):
+            return difference(times(a, d), times(b, c))
+    raise NotMath
 
 
 def parts(tree):
@@ -908,7 +939,7 @@ def text_tree(token):
 def squash(text):
     """Words without case, blanks, punctuation and a leading article."""
     text = re.sub(r"^\W*(?:an?|the)\s+(?=\w\w)", "", text.lower())
-    return re.sub(r"(?<=[a-z])-(?=[a-z])|[\s⟪⟫.,;:!?()\"_]", "", text)
+    return re.sub(r"(?<=[a-z])-(?=[a-z])|[\s⟪⟫,;:!?()\"_]|\.(?!\d)", "", text)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -919,8 +950,8 @@ def known_unit(name):
     """A unit's factor and the powers of base units in it, of km 1000 and {"m": 1}; or None."""
     for i in range(len(name)):
         prefix, rest = f"{name[:i]}-", name[i:]
-        singular = rest.lower().removesuffix("s" if len(rest) > 3 else "")
-        for spelled in (rest, rest.lower(), singular):
+        names = [rest] if len(rest) < 3 else [rest, rest.lower(), rest.lower().removesuffix("s")]
+        for spelled in names:
             if prefix in UNITS and spelled in UNITS:
                 return UNITS[prefix][0] * UNITS[spelled][0], UNITS[spelled][1]
     return None
@@ -1034,7 +1065,8 @@ def joined(kind, items):
         return ("meet", items)
     if kind == "and" and (quantity := added(items)):
         return quantity
-    if items and all(item[0] == "named" for item in items):
+    names = {item[2] for item in items if item[0] == "named"}
+    if items and all(item[0] == "named" for item in items) and (kind != "or" or len(names) == 1):
         return solutions(items)
     return ("list", items)
 
@@ -1066,6 +1098,9 @@ def equation(sides, signs, names):
         raise NotMath
     if before and signs[-1] == "≈":  # 1/3 ≈ 0.333
         last = before[-1]
+    if named and names[0][0] == "(" and last[0] == "()":  # (x,y) = (1,2)
+        return ("()", [("named", [item], name) for name, item in zip(
+            names[0][1:-1].split(","), last[1], strict=True)])
     return ("named", [last], names[0]) if named else last
 
 
@@ -1106,16 +1141,17 @@ def value(tree, known):
         case ("sym", name) if name in known:
             return known[name]
         case ("sym", name) if name in CONSTANTS:
-            return +getattr(mp, CONSTANTS[name])
+            return spent(+getattr(mp, CONSTANTS[name]))
         case ("inf", sign):
             return sign * mp.inf
         case ("quantity", [tree], words):
             return value(("*", [tree, *BARE_UNITS.get("".join(unit(words)[1]), [])]), known)
         case ("sum" | "prod" as kind, [body, ("sym", index), *ends]):
             first, last = (whole(value(end, known)) for end in ends)
-            terms = [substituted(body, {index: ("num", n)}) for n in range(first, last + 1)]
-            return value(("+" if kind == "sum" else "*", terms), known)
+            terms = (value(body, {**known, index: mp.mpf(n)}) for n in range(first, last + 1))
+            return spent(OPERATIONS["+" if kind == "sum" else "*"](*terms))
         case (name, [*items]) if name in OPERATIONS:
+            WORK.left -= len(items)
             return spent(OPERATIONS[name](*(value(item, known) for item in items)))
         case (name, [item]) if name in MPMATH:
             x = value(item, known)
@@ -1150,7 +1186,7 @@ def rounded(x, to):
 
 def whole(x):
     n = int(bounded(WORK.mp.nint(x.real)))
-    if not same_number(x, n) or n > MAX_WHOLE:
+    if not same_number(x, n) or not 0 <= n <= MAX_WHOLE:
         raise NotMath
     return n
 
@@ -1159,7 +1195,8 @@ OPERATIONS = {
     "+": lambda *terms: sum(terms), "*": lambda *factors: math.prod(factors), "^": power,
     "abs": abs, "max": max, "min": min, "log": log,
     "floor": lambda x: rounded(x, WORK.mp.floor), "ceil": lambda x: rounded(x, WORK.mp.ceil),
-    "binom": lambda n, k: WORK.mp.binomial(bounded(n), bounded(k)),
+    "binom": lambda n, k: WORK.mp.mpf(math.comb(whole(n), whole(k))),
+    "factorial": lambda n: WORK.mp.factorial(whole(n)),
     "factorial2": lambda n: WORK.mp.fac2(whole(n)),
     "gcd": lambda *numbers: WORK.mp.mpf(math.gcd(*map(whole, numbers))),
     "lcm": lambda *numbers: WORK.mp.mpf(math.lcm(*map(whole, numbers))),
@@ -1176,7 +1213,7 @@ def same_number(x, y):
 def apart(a, b, known):
     """The difference of two values, 0 where they are the same. There are the more digits the more
     those met on the way have, before or behind the point."""
-    WORK.mp.dps, WORK.needed = 60, 0
+    WORK.mp.dps, WORK.needed, WORK.left = 60, 0, WORK.left - 10
     WORK.real = known and not {"i", "cis"} & (leaves(a) | leaves(b))
     x, y = values(a, b, known)
     if WORK.needed > 64:
@@ -1197,9 +1234,9 @@ def points(names):
     """Values for variables, the same on every call: positive, then of both signs; then whole
     numbers, for what is defined on those alone."""
     rng = random.Random(1)
-    reals = [(1, 9, Fraction(1, 5))] * 5 + [(1, 9, -1, -9, Fraction(-1, 7))] * 5
+    reals = [(1, 9, Fraction(1, 5))] * 5 + [(1, 999, -1, -9, Fraction(-1, 7))] * 5
     return [{name: Fraction(rng.randint(1009, 4999), 1013) * rng.choice(scales) for name in names}
-            for scales in reals] + [{name: rng.randint(2, 12) for name in names} for _ in range(12)]
+            for scales in reals] + [{name: rng.randint(2, 30) for name in names} for _ in range(12)]
 
 
 def everywhere(a, b):
@@ -1228,7 +1265,9 @@ def same(a, b):
     if a == b:
         return True
     match a, b:
-        case ("named", [x], name), ("named", [y], other) if name == other and same(x, y):
+        case ("named", [x], name), ("named", [y], other) if (
+                name in (other, other.partition("(")[0]) or other == name.partition("(")[0]
+                ) and same(x, y):  # y(x) = 2x and y = 2x
             return True
         case ("named" | "equation", *_), ("named" | "equation", *_):
             return proportional(unsolved(a), unsolved(b))
@@ -1240,7 +1279,7 @@ def same(a, b):
     if a == b:
         return True
     if a[0] == "based" != b[0]:
-        a = ("num", Fraction(int(a[1], int(a[2]))))
+        a = ("num", a[1])
     if a[0] in REGIONS or b[0] in REGIONS:
         return same_region(a, b)
     match a, b:
@@ -1297,9 +1336,11 @@ def same_value(a, b):
     places = decimal_places(b)
     if names or places is None or "decimal" in leaves(a):
         return False
-    exact = value(a, {})
-    error = abs(apart(a, b, {})) * 2 * WORK.mp.mpf(10) ** places
-    return exact != WORK.mp.nint(exact) and error < 1.000001
+    exact, rounded_gold = values(a, b, {})
+    unit_of_last = WORK.mp.mpf(10) ** -places
+    missing = (abs(exact) - abs(rounded_gold)) / unit_of_last  # a half is rounded up
+    return exact != WORK.mp.nint(exact) and exact * rounded_gold > 0 and (
+        -0.500001 < missing < 0.499999)
 
 
 def with_constant_of(a, b):
@@ -1308,7 +1349,7 @@ def with_constant_of(a, b):
     names, others = symbols(a), symbols(b)
     own, its = ([name for name in extra if INTEGRATION.fullmatch(name)]
                 for extra in (names - others, others - names))
-    if len(own) == len(its) == 1:
+    if len(own) == len(its) == 1 and "C" in f"{own}{its}".upper():
         return substituted(a, {own[0]: ("sym", its[0])})
     if own and own[0][0] == "C" and a[0] == "+" and len(names) > 1:
         return ("+", [item for item in a[1] if item != ("sym", own[0])])
@@ -1351,11 +1392,13 @@ def same_region(a, b):
     elements: at the points where one may end, between them and beyond. Other variables get
     values."""
     names = variables(a) | variables(b)
-    if len(names) > 1 or not (solved(a) or solved(b)):
+    if len(names) > 1:
         raise NotMath
     name = max(names, default="x")
     others = tuple(sorted(symbols(a, b) - names))
-    for known in points(others)[:6 if others else 1]:
+    for known in points(others)[:10 if others else 1]:
+        WORK.mp.dps, WORK.real = 60, False
+        known = {name: WORK.mp.convert(number) for name, number in known.items()}
         marks = sorted(ends(a, name, known) + ends(b, name, known)) or [0]
         between = [(x + y) / 2 for x, y in itertools.pairwise(marks)]
         for x in [marks[0] - 1, *marks, *between, marks[-1] + 1]:
@@ -1366,7 +1409,7 @@ def same_region(a, b):
 
 def variables(tree):
     """What the conditions in a set are about: of x > a and of a < x < b it is x."""
-    if tree[0] == "named":
+    if tree[0] in ("named", "member"):
         return {tree[2]}
     if tree[0] == "relation":
         names = {side[1] for side in tree[1] if side[0] == "sym"} - CONSTANTS.keys()
@@ -1374,24 +1417,38 @@ def variables(tree):
     return set().union(*map(variables, parts(tree)))
 
 
-def solved(tree):
-    """Whether no condition in a set needs to be solved."""
-    if tree[0] == "relation":
-        return any(side[0] == "sym" for side in tree[1])
-    return all(map(solved, parts(tree)))
-
-
 def ends(tree, name, known):
-    """Where a set may end: at its constants, and in a condition at their opposites and roots."""
+    """Where a set may end."""
     if tree[0] == "inf":
         return []
-    if tree[0] not in STRUCTURES and name not in symbols(tree):
+    if tree[0] == "relation":
+        return [x for p, q in itertools.pairwise(tree[1]) for sign in (ONE, MINUS_ONE)
+                for x in zeros(without_abs(difference(p, q), sign), name, known)]
+    if tree[0] not in STRUCTURES:
         return [value(tree, known)]
-    found = [end for part in parts(tree) for end in ends(part, name, known)]
-    if not solved(tree):
-        found += [WORK.mp.sqrt(abs(end)) for end in found]
-        found += [-end for end in found]
-    return found
+    return [end for part in parts(tree) for end in ends(part, name, known)]
+
+
+def without_abs(tree, sign):
+    """A tree in which |x| is x or -x."""
+    if tree[0] == "abs":
+        return times(sign, tree[1][0])
+    return rebuilt(tree, lambda part: without_abs(part, sign))
+
+
+def zeros(tree, name, known):
+    """Where a polynomial of at most second degree is zero, by its values at four points."""
+    if tree[1][0][0] == "inf" or tree[1][1][0] == "inf":
+        return []
+    mp = WORK.mp
+    before, c, after, far = (value(tree, {**known, name: mp.mpf(x)}) for x in (-1, 0, 1, 3))
+    a, b = (after + before) / 2 - c, (after - before) / 2
+    if not same_number(9 * a + 3 * b + c, far):
+        raise NotMath
+    if same_number(a, 0):
+        return [] if same_number(b, 0) else [-c / b]
+    root = mp.sqrt(b * b - 4 * a * c)
+    return [(-b - root) / (2 * a), (-b + root) / (2 * a)] if root.imag == 0 else []
 
 
 def inside(tree, name, known):
@@ -1407,36 +1464,45 @@ def inside(tree, name, known):
             return all(inside(item, name, known) for item in items)
         case ("minus", [first, *rest]):
             return inside(first, name, known) and not inside(("union", rest), name, known)
-        case ("union", items):
+        case ("union" | "member", items, *_):
             return any(inside(item, name, known) for item in items)
         case ("set" | "list" | "named", items, *_):
             return any(apart(("sym", name), item, known) == 0 for item in items)
     raise NotMath
 
 
-def read(text, unit_letters=False):
+def read(text):
     """What an answer says: its canonical tree."""
-    tree = parse(text, unit_letters)
+    tree = parse(text)
     return canonical(tree if tree[0] in ("list", "or", "and") else ("list", [tree]))
 
 
+def with_units(text):
+    """A text in one spelling with the letters behind a number as units, if they are some."""
+    letters = UNIT_LETTERS.search(text)
+    if not letters or unit(letters[1])[2]:
+        return text
+    return f"{text[:letters.start()]}⟪{letters[1]}⟫"
+
+
 def bare_text(text):
-    """A text in one spelling without what does not matter: {x} and x, blanks not between digits."""
-    text = re.sub(r"\{\s*([\w+-]|\\[a-z]+)\s*\}", r"\1", respell(text))
+    """A text without what does not matter: braces around a letter, blanks not between digits."""
+    text = re.sub(r"\{\s*([\w+-]|\\[a-z]+)\s*\}", r"\1", text)
     return re.sub(r"[⟪⟫]|(?<!\d) | (?!\d)", "", text)
 
 
 def same_answer(predicted, gold):
+    predicted, gold = respell(predicted), respell(gold)
     try:
         a, b = read(predicted), read(gold)
-        if symbols(a) and not symbols(b):  # 5m for 5, which knows no variable m
-            a = read(predicted, unit_letters=True)
-        elif symbols(b) and a[0] == "quantity":
-            b = read(gold, unit_letters=True)
-        return same(a, b)
-    except (NotMath, RecursionError):
-        a, b = (bare_text(text) for text in (predicted, gold))
-        return a == b != ""
+        if same(a, b):
+            return True
+        # letters are units where the other side knows no variables, or has units: 5m for 5
+        ours, its = with_units(predicted), with_units(gold)
+        x, y = (a if ours == predicted else read(ours)), (b if its == gold else read(its))
+        return (x != a and not symbols(y) or y != b and x[0] == "quantity") and same(x, y)
+    except (NotMath, ValueError, RecursionError):
+        return bare_text(predicted) == bare_text(gold) != ""
 
 
 def compare(predicted, gold):
@@ -1450,7 +1516,9 @@ def compare(predicted, gold):
         if not chosen:
             return meaning != "" and same_answer(predicted, meaning)
         return chosen.upper() == letter and (not rest or not meaning or same_answer(rest, meaning))
-    return same_answer(predicted, gold) or chosen is not None and same_answer(rest, gold)
+    if chosen and chosen.isupper() and re.match(r"\S+[ ~]", option_text(predicted)):
+        return same_answer(predicted, gold) or same_answer(rest, gold)
+    return same_answer(predicted, gold)
 
 
 def math_equal(predicted, gold):
@@ -1470,12 +1538,17 @@ def choice_letter(text):
 def option(text):
     """The letter of an option and what is behind it, of `\\textbf{(C)}\\ 12` C and 12; None of what
     begins with no letter or lists two."""
-    text = re.sub(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it))\s*\{([^{}]*)\}", r"\1",
-                  last_box(text) or text).strip(" $*`\n")
+    text = option_text(text)
     match = OPTION.match(text)
     if not match or SECOND_OPTION.match(text, match.end()):
         return None, text
-    return match[match.lastindex], re.sub(r"^(?:\\[ ,;:]|[\s~:.,;$])+", "", text[match.end():])
+    return match[match.lastindex], re.sub(r"^[\s~:.,;$]+", "", text[match.end():])
+
+
+def option_text(text):
+    text = re.sub(r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|it|sf))\s*\{([^{}]*)\}", r"\1",
+                  last_box(text) or text)
+    return re.sub(r"\\[ ,;:]", " ", text).strip(" $*`\n")
 
 
 def math_verdict(response, gold):
@@ -1492,8 +1565,8 @@ def math_verdict(response, gold):
 def is_number(gold):
     begin_work()
     try:
-        tree = read(gold)
-    except (NotMath, RecursionError):
+        tree = read(respell(gold))
+    except (NotMath, ValueError, RecursionError):
         return False
     return tree[0] not in STRUCTURES - {"quantity"} and not symbols(tree)
 
@@ -1506,19 +1579,28 @@ def find_letter(response):
     """The letter, A to J, that a response chooses, or None: the boxed one, else the one that "the
     answer is", "is correct" and their like name last, else a lone one, or one alone in bold."""
     answer, how = find_answer(response)
-    if how in ("box", "mark") and (letter := choice_letter(answer)):
+    if how == "box" and (letter := choice_letter(answer)):
         return letter
-    text = DECORATION.sub("", response)
-    for match in reversed(list(CHOICE.finditer(text))):
-        if not SECOND_OPTION.match(text, match.end()):
+    solution = re.split(r"</think>|<\|end_of_thought\|>", response)[-1]
+    text = DECORATION.sub("", solution)
+    for pattern in CHOICES:
+        if matches := list(pattern.finditer(text)):
+            match = matches[-1]
+            after = text[match.end():]
+            other = re.search(r"\bor\b\W*[A-J]\b", SENTENCE_END.split(after)[0])
+            if other or SECOND_OPTION.match(after) or TAKEN_BACK.match(after) or (
+                    DENIED.search(CLAUSE_END.split(text[:match.start()])[-1])):
+                return None
             return match[match.lastindex].upper()
     if how == "box":
         return None
-    bold = set(re.findall(r"\*\*\s*\(?([A-J])\)?[.):]?\s*\*\*", response))
+    bold = set(re.findall(r"\*\*\s*\(?([A-J])\)?[.):]?\s*\*\*", solution))
     if len(bold) == 1:
         return bold.pop()
-    letter, rest = option(text)
-    return letter.upper() if letter and not rest[:1].islower() else None
+    letter, rest = option(text.replace("####", ""))
+    alone = "\n" not in text.strip() and not rest[:1].islower() and not re.search(
+        r"\b[A-J][).:]", rest)
+    return letter.upper() if letter and alone else None
 
 
 def choice_verdict(response, gold):

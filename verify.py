@@ -257,10 +257,12 @@ UNIT_TABLE = """
 """
 POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3}
 BOX_SIGN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]")
-LISTED = re.compile(r"(?:[ \t$,;/]|\n(?!\s*\n)|\\[)\]]|\\q?quad)*+(?:and|or|\\text\{ *(?:and|or) *\})?"
-                    r"(?:[ \t$]|\n(?!\s*\n)|\\[(\[]|\\q?quad)*+([a-z] *= *)?")  # between boxes
+GAP = r"[ \t$]|\n(?!\s*\n)|\\q?quad"
+LISTED = re.compile(rf"(?:{GAP}|[,;/]|\\[)\]])*+(?:and|or|\\text\{{ *(?:and|or) *\}})?"
+                    rf"(?:{GAP}|\\[(\[])*+([a-z] *= *)?")  # between boxes of one list
 PHRASE = re.compile(r"\banswer\s*+(?:\*\*\s*+)?(?:(?:is|are|was)(?![a-z])|[:=])", re.IGNORECASE)
-FORMULA = r"(?:\$\$?[^$]{1,999}\$\$?|\\\((?:(?!\\\)).){1,999}\\\)|\\\[(?:(?!\\\])[\s\S]){1,999}\\\])"
+FORMULA = (r"(?:\$\$?[^$]{1,999}\$\$?|\\\((?:(?!\\\)).){1,999}\\\)|"
+           r"\\\[(?:(?!\\\])[\s\S]){1,999}\\\])")
 # "$5$ and $7$" goes on, as does "$5$ cm"; "$5$, because" does not
 STATED = re.compile(rf"{FORMULA}(?:(?: *+,| +and| +or)++ *+{FORMULA})*+"
                     r"(?: *+(?:\\?%|[A-Za-z]++)(?= *+\.?$))?"
@@ -281,7 +283,8 @@ TOKEN = re.compile(r"⟪[^⟫]*⟫|\d+\.?\d*|\.\d+|\\[A-Za-z]+|\\.|\S", re.DOTAL
 BASED = re.compile(r"\(? ?([0-9A-F]+) ?\)? ?_ ?\{? ?(\d{1,2}) ?\}?")
 # units as variables are written: 5m, 9 m/s^2, 3 km
 UNIT_LETTERS = re.compile(
-    r"(?<=[\d)}]) ?((?:[msgLh]|[ckm]m|[km]g|m[lL]|ft|in|lbs?|oz|hrs?|min|sec|eV|Pa|Hz|mol|mph|km?ph)(?:\^\{?\d\}?)?(?: ?/ ?[a-z]{1,3}(?:\^\{?\d\}?)?)?)$")
+    r"(?<=[\d)}]) ?((?:[msgLh]|[ckm]m|[km]g|m[lL]|ft|in|lbs?|oz|hrs?|min|sec|eV|Pa|Hz|mol|mph|"
+    r"km?ph)(?:\^\{?\d\}?)?(?: ?/ ?[a-z]{1,3}(?:\^\{?\d\}?)?)?)$")
 UNIT_WORD = re.compile(r"([^\W\d_]+|[°%$¢€£¥₹/])\s*\^?\s*\{?\s*(-?\d)?")
 TEMPERATURE = re.compile(r"(?i)(?:°|\bdegrees?)\s*(?:(c)(?:elsius)?|f(?:ahrenheit)?)\b")
 INTEGRATION = re.compile("[CcKk]|C_[0-9]")
@@ -294,7 +297,8 @@ OPTION = re.compile(r"(?:(?:option|choice|answer)\b\s*+(?::\s*+)?)?(?:[(\[]\s*([
 SECOND_OPTION = re.compile(
     r"[ \t]*+(?:(?:[,;/&|+∪>-]|\b(?:and|or|plus|as well as|also|maybe|then)\b)[ \t]*+)*+[(\[]?"
     r"[A-HJ][)\].]?(?![A-Za-z0-9']| (?:is|are|was) )|[)\].,;: ]*+(?:\?|(?i:\(?or\b|only if|if|when|"
-    r"unless|assuming|no\b|wait|(?:which )?is (?:wrong|incorrect|false)|wrong|incorrect|false|true))")
+    r"unless|assuming|no\b|wait|(?:which )?is (?:wrong|incorrect|false)|wrong|incorrect|false|"
+    r"true))")
 DECORATION = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|rm|it))\s*\{|\\[()\[\]]|</?\w+>|"
                         r"[*_`\"“”${}]|(?<![a-z])'|'(?![a-z])")
 LETTER = r"""(?: [(\[]\s*([A-Ja-j])\s*[)\]] | (?![AI]\s++(?!only)[a-z])([A-J])(?![A-Za-z0-9'^_+*-]
@@ -303,13 +307,15 @@ LETTER = r"""(?: [(\[]\s*([A-Ja-j])\s*[)\]] | (?![AI]\s++(?!only)[a-z])([A-J])(?
 # behind one; and, where the line ends with it, "choose" or a mere "so" before it.
 CHOICES = [re.compile(rf"(?xm){pattern}") for pattern in (
     rf"""\b(?i:ans(?:wer)?|option|choice|(?:correct|right|best)\s++(?:one|letter|statement|option))
-    (?i:\s++(?:choice|option|letter|to\s+th(?:is|e)\s+question))?\s*+(?:(?i:is|(?:must|would|should|will)
-    \s+be)(?![a-z])|[:=-]|(?<=answer)\s(?=\([A-J]\)))[\s:]*+(?i:(?:not\s++\(?[A-J]\)?,?\s++but|definitely|clearly|indeed|obviously
-    |therefore|probably|option|choice|letter)\s++)*+{LETTER}""",
+    (?i:\s++(?:choice|option|letter|to\s+th(?:is|e)\s+question))?\s*+
+    (?:(?i:is|(?:must|would|should|will)\s+be)(?![a-z])|[:=-]|(?<=answer)\s(?=\([A-J]\)))[\s:]*+
+    (?i:(?:not\s++\(?[A-J]\)?,?\s++but|definitely|clearly|indeed|obviously|therefore|probably
+    |option|choice|letter)\s++)*+{LETTER}""",
     r"""(?:^|[.!?:,]\s|\b(?i:option|choice|answer|so|thus|hence|therefore),?\s)\W?(?![AI]\s++(?!is))
     \(?([A-J])\)?\s++is\s++(?:the\s++)?(?i:correct|right|best|answer)\b""",
-    r"""\b(?i:choose|select|pick|thus|therefore|hence|so|definitely|it['i\s]*s|(?:must|has\s+to)\s+be|go(?:ing)?\s+with|which\s+is|not\s++
-    \(?[A-J]\)?,?\s++but)\b[\s,:]*+(?i:option\s++|choice\s++)?(?:\(([A-J])\)|([A-HJ]))(?=\W*+$)""")]
+    r"""\b(?i:choose|select|pick|thus|therefore|hence|so|definitely|it['i\s]*s|which\s+is
+    |(?:must|has\s+to)\s+be|go(?:ing)?\s+with|not\s++\(?[A-J]\)?,?\s++but)\b[\s,:]*+
+    (?i:option\s++|choice\s++)?(?:\(([A-J])\)|([A-HJ]))(?=\W*+$)""")]
 
 TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
         "<|end_of_solution|>")  # plain text to Qwen's tokenizer
@@ -418,7 +424,8 @@ def find_answer(response):
 def stated(tail):
     """The answer at the head of what follows "answer is", without emphasis; None where its
     sentence makes it a condition's, or that or the next one takes it back."""
-    tail = re.sub(r"^(?:therefore|thus|exactly|simply|equal to|given by) |</?answer>|\*\*", "", tail)
+    tail = re.sub(r"^(?:therefore|thus|exactly|simply|equal to|given by) |</?answer>|\*\*", "",
+                  tail)
     answer = STATED.match(tail)[0]
     sentence, *others = SENTENCE_END.split(re.sub(FORMULA, "", tail))
     if DOUBT.search(sentence) or others and TAKEN_BACK.match(others[0]):
@@ -475,7 +482,8 @@ def repeating(match):
 
 
 NUMBER_NAME = "|".join(sorted(NUMBER_WORDS, key=len, reverse=True)).replace("-", "[ -]")
-SAID = r"[A-Za-z ]*\b(?:answer|value|result|total|sum|probability|area|volume|length)\b[A-Za-z ]*\b(?:is|are|equals)"
+SAID = (r"[A-Za-z ]*\b(?:answer|value|result|total|sum|probability|area|volume|length)\b[A-Za-z ]*"
+        r"\b(?:is|are|equals)")
 D = r"(?:d|\\mathrm ?\{d\})"  # of a derivative
 # Four passes, each with the texts that need it, and its rules in the order in which they are
 # applied. Each rule has an example, which the tests run: what goes in, what comes out.
@@ -508,7 +516,8 @@ SPELLING = [(name, re.compile(needed), [(re.compile(pattern), *rule) for pattern
         (r"ℝ ?\^\{?\+\}?", "(0,∞)", "ℝ^+", "(0,∞)"),
         (r"ℝ ?- ?(?=\\\{)", "ℝ∖", r"ℝ-\{3\}", r"ℝ∖\{3\}"),
         (r"\\\{ *\\\}", "∅", r"\{\}", "∅"),
-        (r"(?<!\^)(?<!\^\{)\\(?:math(?:bf|it|sf|bb)|boldsymbol|bm|underline)(?![A-Za-z])|\bnp\.", "",
+        (r"(?<!\^)(?<!\^\{)\\(?:math(?:bf|it|sf|bb)|boldsymbol|bm|underline)(?![A-Za-z])|"
+         r"\bnp\.", "",
          r"\mathbf{v}", "{v}"),
         (r"\\(?:bar|overrightarrow) *\{([A-Z](?: ?[A-Z])+)\}", r"⟪\1⟫", r"\bar{AB}", "⟪AB⟫"),
         (r"\\Delta(?= *\{?[A-Z] ?[A-Z] ?[A-Z])", r"\\triangle", r"\Delta ABC", r"\triangle ABC"),
@@ -535,8 +544,8 @@ SPELLING = [(name, re.compile(needed), [(re.compile(pattern), *rule) for pattern
         (r" *(\band\b|\bor\b|[,;]) *(?=[^⟪⟫]*⟫)", r"⟫ \1 ⟪", "⟪2 h and 5 s⟫",
          "⟪2 h⟫ and ⟪5 s⟫"),
         (r"⟪ *(-?\d[\d.,:/*^ ]*)", r"\1⟪", "⟪2 h⟫", "2 ⟪h⟫"),
-        (r"⟪?(USD|EUR|Rs\.?|[€£¥₹])[ ⟫]*(-? ?(?:\d[\d,.]*)?\d(?: ?\*10+(?:\^\d+)?)?)", r"\2⟪\1⟫", "USD 12",
-         "12⟪USD⟫"),
+        (r"⟪?(USD|EUR|Rs\.?|[€£¥₹])[ ⟫]*(-? ?(?:\d[\d,.]*)?\d(?: ?\*10+(?:\^\d+)?)?)",
+         r"\2⟪\1⟫", "USD 12", "12⟪USD⟫"),
         (r"USD (?=\\)", "", r"USD \frac{3}{4}", r"\frac{3}{4}"),
         (r"[€£¥₹¢](?!⟫)", r"⟪\g<0>⟫", "5€", "5⟪€⟫"),
         (r"⟪ *(?:if|when)? *⟫", "", "⟪if⟫ x>0", " x>0"),
@@ -544,13 +553,14 @@ SPELLING = [(name, re.compile(needed), [(re.compile(pattern), *rule) for pattern
          "6:40 P.M.", "6:40⟪pm⟫"),
         (r"° ?([CF])(?![A-Za-z])", r"⟪°\1⟫", "20° C", "20⟪°C⟫"),
         (r"^(.*[^, (])[ ,(]*(?:⟪(?:for|where|with|for all)⟫)? *\b([a-z]) *"
-         r"(?:∈ *\{?[ZN]\}?(?:\^ ?\{?[*+]\}?|_\+)?|⟪is an integer⟫) *\)?$", integer_parameter, r"2n\pi , n ∈ {Z}",
-         r"2k\pi"),
+         r"(?:∈ *\{?[ZN]\}?(?:\^ ?\{?[*+]\}?|_\+)?|⟪is an integer⟫) *\)?$", integer_parameter,
+         r"2n\pi , n ∈ {Z}", r"2k\pi"),
         (r"\(? *(?:\\[pb]?mod|⟪?\bmod\b *⟫?)(?![A-Za-z]) *\{?(\w+)\}? *\)?", r"\\mod \1",
          r"3\pmod{7}", r"3\mod 7"),
         (r"\\\{ *[a-z] *(?:∈ *ℝ *)?[|:](?=.*\\\})(.*?)\\\}", r"\1", r"\{x | x>2\}", " x>2"),
-        (rf"^(?:⟪(?:about|approximately|both|either|{SAID})[ :]*⟫(?=.)|(?:if|when|about|approximately|both|either) |"
-         rf"{SAID} (?=[-\d\\(]))", "", "the answer is 5", "5"),
+        (rf"^(?:⟪(?:about|approximately|both|either|{SAID})[ :]*⟫(?=.)|"
+         rf"(?:if|when|about|approximately|both|either) |{SAID} (?=[-\d\\(]))", "",
+         "the answer is 5", "5"),
         (r"⟪? *\band\b *⟫?", "∧", "x>1 and x<2", "x>1∧x<2"),
         (r"⟪? *\bor\b *⟫?", "∨", "x=1 or x=2", "x=1∨x=2"),
         (r", ?(?=[,∧∨&])", "", "1, 2, ∧ 3", "1, 2∧ 3"),
@@ -561,7 +571,8 @@ SPELLING = [(name, re.compile(needed), [(re.compile(pattern), *rule) for pattern
         (r"(?<![A-Za-z\\])([A-Za-z]{2,}) ?⟪", r"⟪\1 ", "9 red⟪marbles⟫", "9 ⟪red marbles⟫"),
         (r"⟫ ?(\^ ?\{? ?-?\d ?\}?|/ ?[A-Za-z](?![A-Za-z⟪]))", r"\1⟫", "5⟪cm⟫^2", "5⟪cm^2⟫"),
         (r"⟫ ?([/*]?) ?⟪", r" \1", "5⟪m⟫/⟪s^2⟫", "5⟪m /s^2⟫"),
-        (r"(?<=\d) ?⟪([^⟪⟫]*)⟫ ?(?=\d)", lambda match: match[0] + "∧" * bool(known_unit(match[1].strip())),
+        (r"(?<=\d) ?⟪ *([^⟪⟫]*?) *⟫ ?(?=\d)",
+         lambda match: match[0] + "∧" if known_unit(match[1]) else match[0],
          "5⟪ft⟫6⟪in⟫", "5⟪ft⟫∧6⟪in⟫"),
     ]),
     ("numbers", r"\d\D*[\d.]|\.\d|C", [
@@ -578,10 +589,10 @@ SPELLING = [(name, re.compile(needed), [(re.compile(pattern), *rule) for pattern
          r"(0.+\frac{3}{9})"),
         (r"(\d)[eE]([+-]?\d{1,9})(?![A-Za-z\d])", r"\1*10^{\2}", "1.6e-19", "1.6*10^{-19}"),
         (r"(?<![\d.}/)^_])(\d+) (\d+) ?/ ?(\d+)(?![\d.])", r"(\1+\2/\3)", "2 1/3", "(2+1/3)"),
-        (r"(?:\{\} ?|^|(?<=[-+*/=( ]))[_^] ?\{?(\w{1,9})\}? ?C ?_ ?\{?(\w{1,9})\}?", r"\\binom{\1}{\2}", "{}_5C_2",
-         r"\binom{5}{2}"),
-        (r"\bC ?_ ?(?:\{(\w{2,9})\}|\{?([2-9a-z])\}?) ?\^ ?(?:\{(\w+)\}|(\w))", r"\\binom{\1\2}{\3\4}", "C_5^2",
-         r"\binom{5}{2}"),
+        (r"(?:\{\} ?|^|(?<=[-+*/=( ]))[_^] ?\{?(\w{1,9})\}? ?C ?_ ?\{?(\w{1,9})\}?",
+         r"\\binom{\1}{\2}", "{}_5C_2", r"\binom{5}{2}"),
+        (r"\bC ?_ ?(?:\{(\w{2,9})\}|\{?([2-9a-z])\}?) ?\^ ?(?:\{(\w+)\}|(\w))",
+         r"\\binom{\1\2}{\3\4}", "C_5^2", r"\binom{5}{2}"),
         (r"\bC ?\((\w+), ?(\w+)\)", r"\\binom{\1}{\2}", "C(5,2)", r"\binom{5}{2}"),
         (r"\]([^][(),]+,[^][(),]+[\[\]])", r"(\1", "]0,1[", "(0,1["),
         (r"([(\[][^][(),]+,[^][(),]+)\[", r"\1)", "(0,1[", "(0,1)"),

@@ -76,17 +76,13 @@ class Verdict(NamedTuple):
     extracted: str | None = None
 
 
-MAX_LENGTH = 4000      # characters of an answer that is parsed; a longer one is compared as text
-MAX_ELEMENTS = 100     # of a list or set
-MAX_BITS = 1 << 16     # of a number
-MAX_DIGITS = 10_000     # of one with a root, logarithm or angle in it
-MAX_EXPONENT = 10**6  # of one of those
-MAX_WHOLE = 4096       # of a factorial, and of a sum's last term
-MAX_WORK = 80_000   # see `spent`
-ONE, MINUS_ONE = ("num", 1), ("num", -1)
-BARE_UNITS = {  # the second reading of a number with them
-    "%": [("num", Fraction(1, 100))], "°": [("sym", "pi"), ("num", Fraction(1, 180))],
-    "rad": [ONE]}
+MAX_LENGTH = 4000     # characters of an answer; a longer one is equal to itself alone
+MAX_ELEMENTS = 100    # of a list or set
+MAX_BITS = 1 << 16    # of a number before its point
+MAX_DIGITS = 10_000   # with which numbers are worked out
+MAX_EXPONENT = 10**6
+MAX_WHOLE = 4096      # of a factorial, and the last term of a sum
+MAX_WORK = 80_000     # numbers worked out for a pair, under a second; see `spent`
 CONSTANTS = {"e": "e", "i": "j", "pi": "pi"}  # by mpmath's names
 GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda "
             "mu nu xi pi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda "
@@ -99,18 +95,10 @@ MPMATH = {  # functions of one number, by mpmath's names
     **{f"arc{name}": f"a{name}" for name in TRIGONOMETRIC}, "tg": "tan", "ctg": "cot",
     "arctg": "atan"}
 GROWING = ("exp", "sinh", "cosh", "tanh")
-ANGLE_FUNCTIONS = {*MPMATH, "log"}
-FUNCTIONS = ANGLE_FUNCTIONS | set("sqrt frac binom max min gcd lcm sum prod det".split())
-REGIONS = ("relation", "member", "union", "meet", "minus")
-STRUCTURES = {*REGIONS, "list", "set", "()", "[)", "(]", "[]", ":", "matrix", "row", "equation",
-              "named", "quantity", "text", "inf", "based"}
-SETS = {"∅": ("set", []), "∞": ("inf", 1), "ℝ": ("()", [("inf", -1), ("inf", 1)])}
-HOLDS = {"<": operator.lt, "≤": operator.le, ">": operator.gt, "≥": operator.ge,
-         "=": operator.eq, "≈": operator.eq, "≠": operator.ne}
-ROUNDING = {"|": "abs", "\\lfloor": "floor", "\\lceil": "ceil"}
-CLOSING = {"(": ")]", "[": "])", "{": "}", "\\{": ["\\}"], "⟨": "⟩", "\\lfloor": ["\\rfloor"],
-           "\\lceil": ["\\rceil"], "|": "|"}
-# What one sign stands for: commands and characters that mean the same, and names of numbers.
+NAMED_FUNCTIONS = {*MPMATH, "log"}
+FUNCTIONS = NAMED_FUNCTIONS | set("sqrt frac binom max min gcd lcm sum prod det".split())
+# The sign at the head of a line stands for all behind it. `_` is a blank; a sign that is a command
+# gets a blank behind it.
 SIGNS = {name.replace("_", " "): sign.replace("_", " ") + " " * sign[1:].isalpha()
          for sign, *names in map(str.split, r"""
     ≤ \leqslant \leq \le <=
@@ -185,7 +173,8 @@ NUMBER_WORDS = {name: str(n) for n, name in enumerate(ONES)} | {
     half 1/2, one-half 1/2, one-third 1/3, two-thirds 2/3, one-quarter 1/4, one-fourth 1/4,
     three-quarters 3/4, three-fourths 3/4, one-fifth 1/5, dozen *12, hundred *100,
     thousand *1000, million *10^6, billion *10^9, trillion *10^12""".split(",")))
-UNITS = {}  # name -> factor, powers of base units; filled from this table
+UNITS = {}  # name -> factor, powers of base units; filled from this table:
+# `names- = factor` is a prefix, `names` a base unit and `names = factor unit` another one
 UNIT_TABLE = """
     - = 1
     k- kilo- = 1e3
@@ -277,11 +266,13 @@ DOUBT = re.compile(rf"{DENIED.pattern}|\?|\b(?:when|whenever|provided|wait|actua
 TAKEN_BACK = re.compile(r"(?i)\W*(?:(?:but )?wait|no|hmm|actually|on second thought|wrong)\b")
 NUMBER = re.compile(r"(?<![\w)])-?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?%?"
                     r"|\d+(?:\.\d+)?")
+# an element of words, cat or HTH; ab and xy are products
 WORDS = re.compile(r"[A-Za-z][A-Za-z '.]*")
 WORD = re.compile(r"(?i)(?<![A-Za-z])(?:(?![abcxyz]+\b)(?=[a-z]*[aeiou])[a-z]{2}|[a-z]{4}|"
                   r"(?-i:[A-Z]{2,}$))")
 TOKEN = re.compile(r"⟪[^⟫]*⟫|\d+\.?\d*|\.\d+|\\[A-Za-z]+|\\.|\S", re.DOTALL)
-BASED = re.compile(r"\(? ?([0-9A-F]+) ?\)? ?_ ?\{? ?(\d{1,2}) ?\}?")
+BASED = re.compile(  # 101_2, (1A)_{16}
+    r"\(? ?([0-9A-F]+) ?\)? ?_ ?\{? ?(\d{1,2}) ?\}?")
 # units as variables are written: 5m, 9 m/s^2, 3 km
 UNIT_LETTERS = re.compile(
     r"(?<=[\d)}]) ?((?:[msgLh]|[ckm]m|[km]g|m[lL]|ft|in|lbs?|oz|hrs?|min|sec|eV|Pa|Hz|mol|mph|"
@@ -351,12 +342,12 @@ CONTEST_MODULES = ("string re datetime collections heapq bisect copy math random
 # Maths. How an answer travels from the response to its verdict, where the gold answer is 150 cm:
 #
 #   response     ... so the height is \boxed{h = 1\tfrac{1}{2}\text{ metres}}.
-#   find_answer  h = 1\tfrac{1}{2}\text{ metres}
-#   respell      h = 1\frac {1}{2}⟪metres⟫                  one spelling for many
-#   parse        ("relation", [h, ("quantity", [3/2], "metres")], ["="], names of the sides)
-#   canonical    ("named", [("quantity", [3/2], "metres")], "h")   what it says, not how
-#   same         metres and cm are both lengths: 3/2 * 100 is compared with 150
-#   value        150 and 150, worked out exactly: `correct`
+#   find_answer  h = 1\tfrac{1}{2}\text{ metres}                       which text it is
+#   respell      h = 1\frac {1}{2}⟪ metres⟫                            one spelling for many
+#   parse        ("relation", [("sym", "h"), ("quantity", [("num", 3/2)], "metres")], ["="], ...)
+#   canonical    ("named", [("quantity", [("num", 3/2)], "metres")], "h")  what it says, not how
+#   same         a name does not matter; metres and cm are lengths: 100 * 3/2 against 150
+#   value        150 and 150, to 60 digits: `correct`
 #
 # What the grammar does not know, a person's name or dy/dx, is a text and compared as one.
 
@@ -485,8 +476,9 @@ NUMBER_NAME = "|".join(sorted(NUMBER_WORDS, key=len, reverse=True)).replace("-",
 SAID = (r"[A-Za-z ]*\b(?:answer|value|result|total|sum|probability|area|volume|length)\b[A-Za-z ]*"
         r"\b(?:is|are|equals)")
 D = r"(?:d|\\mathrm ?\{d\})"  # of a derivative
-# Four passes, each with the texts that need it, and its rules in the order in which they are
-# applied. Each rule has an example, which the tests run: what goes in, what comes out.
+# Four passes. Each has a pattern that the texts in need of it have (for speed alone), and its rules
+# in the order in which they are applied: what is looked for, what it becomes, and an example, which
+# the tests run, of what goes in and what comes out.
 SPELLING = [(name, re.compile(needed), [(re.compile(pattern), *rule) for pattern, *rule in rules])
             for name, needed, rules in [
     ("unicode", r"[^\x00-\x7f]", [
@@ -615,17 +607,32 @@ def respell(text):
 # ---------------------------------------------------------------------------------------------
 # Maths: from text to a tree
 #
-# A leaf: ("num", Fraction)  ("decimal", Fraction, digits after the point)  ("sym", name)
-#   ("inf", sign)  ("text", words)  ("based", digits, base)
-# A node has its kind and then its parts as a list. Of what has a value: "+", "*", "^" and functions
-# by name. Of structures: "list", "set", "union", "meet", "minus"; by their brackets tuples and
-# intervals; "matrix" and its "row"; ":" for a ratio; ("relation", sides, signs, names: the sides as
-# they are written); ("quantity", [tree], unit).
+# A leaf: ("num", number)  ("decimal", number, digits after the point)  ("sym", name)
+#   ("inf", sign)  ("text", words)  ("based", value, base)
+# A node has its kind and then a list of its parts. What has a value: "+", "*", "^" and functions by
+# their names; ("quantity", [tree], unit). Structures: "list", "or", "and"; "set", "union", "meet",
+# "minus"; tuples and intervals, by their brackets; "matrix" and "row"; ":", a ratio;
+# ("relation", sides, signs, names), the names being the sides as they are written;
+# ("member", [set], name). Of `canonical` alone: ("named", [tree], name) is a solved equation,
+# ("equation", [tree]) one that is not: where it holds, the tree is zero.
 
+ONE, MINUS_ONE = ("num", 1), ("num", -1)
+BARE_UNITS = {  # what 25% and 60° are times, where they are no 25 and 60
+    "%": [("num", Fraction(1, 100))], "°": [("sym", "pi"), ("num", Fraction(1, 180))],
+    "rad": [ONE]}
+REGIONS = ("relation", "member", "union", "meet", "minus")
+STRUCTURES = {*REGIONS, "list", "set", "()", "[)", "(]", "[]", ":", "matrix", "row", "equation",
+              "named", "quantity", "text", "inf", "based"}
+SETS = {"∅": ("set", []), "∞": ("inf", 1), "ℝ": ("()", [("inf", -1), ("inf", 1)])}
+HOLDS = {"<": operator.lt, "≤": operator.le, ">": operator.gt, "≥": operator.ge,
+         "=": operator.eq, "≈": operator.eq, "≠": operator.ne}
+ROUNDING = {"|": "abs", "\\lfloor": "floor", "\\lceil": "ceil"}
+CLOSING = {"(": ")]", "[": "])", "{": "}", "\\{": ["\\}"], "⟨": "⟩", "\\lfloor": ["\\rfloor"],
+           "\\lceil": ["\\rceil"], "|": "|"}
 # What binds least comes first. What binds more than these is a function of Parser each, in this
 # order: quantity (a unit at the end), sum, product, factor (^ ! % °), base.
-LEVELS = [("list", ",;"), ("or", "∨"), ("and", "∧"), 
-          ("relation", "=<>≤≥≠≈∈"), ("minus", "∖"), ("union", "∪"), ("meet", "∩"), (":", ":")]
+LEVELS = [("list", ",;"), ("or", "∨"), ("and", "∧"), ("relation", "=<>≤≥≠≈∈"), ("minus", "∖"),
+          ("union", "∪"), ("meet", "∩"), (":", ":")]
 BINDS = {sign: level for level, (_, signs) in enumerate(LEVELS) for sign in signs}
 SUM_SIGNS = set("+-±∓")
 ENDS = {"", "&", "\\\\", "\\end", *")]}⟩", "\\}", "\\rfloor", "\\rceil", *SUM_SIGNS, *BINDS}
@@ -669,7 +676,8 @@ class Parser:
         return re.sub(r"[{}\s]", "", "".join(self.tokens[start:self.i]))
 
     def level(self, least=0):
-        """What the signs of LEVELS join, from one of them on."""
+        """What the signs of LEVELS join, those that bind at least so tightly: by precedence
+        climbing, an operand of a sign is what the tighter ones join."""
         start, tree = self.i, self.quantity()
         while (level := BINDS.get(self.peek(), -1)) >= least:
             kind, joining = LEVELS[level]
@@ -683,7 +691,7 @@ class Parser:
             if kind == "relation":
                 tree = (kind, items, signs, names)
                 if "∈" in signs:
-                    _, region = items  # of two sides alone, else ValueError
+                    _, region = items  # ValueError, it has no reading, of more than two sides
                     tree = ("member", [region], names[0])
         return tree
 
@@ -767,6 +775,7 @@ class Parser:
             if applied[::2] == ["(", ")"] and applied[1].isdigit() or applied[:1] == ["("] and (
                     name in APPLIED):
                 self.base()
+            # c_1 and C_1 are one constant of integration
             return ("sym", self.source(start).removeprefix("\\").replace("c_", "C_"))
         if name in FUNCTIONS:
             return self.function(name)
@@ -869,7 +878,7 @@ class Parser:
             return [tree]
         tree = self.factor()
         while (token := self.peek()) not in ENDS and token not in ("*", "|", "/", "(") and (
-                token[1:] not in ANGLE_FUNCTIONS and token[0] != "⟪"):
+                token[1:] not in NAMED_FUNCTIONS and token[0] != "⟪"):
             tree = times(tree, self.factor())
         if not symbols(tree) and self.take("/"):
             tree = over(tree, self.factor())
@@ -969,19 +978,19 @@ def known_unit(name):
 
 def unit(text):
     """km/h, square feet, red apples: the factor to base units, their powers, the other words."""
-    factor, powers, words, side, power = Fraction(1), collections.Counter(), [], 1, 1
+    factor, powers, words, side, exponent = Fraction(1), collections.Counter(), [], 1, 1
     text = text.replace("squared", "^2").replace("cubed", "^3")
     text = TEMPERATURE.sub(lambda match: "celsius" if match[1] else "fahrenheit", text)
-    for name, exponent in UNIT_WORD.findall(text):
+    for name, written in UNIT_WORD.findall(text):
         if name in ("/", "per"):
             side = -1
-        elif name.lower() in POWER_WORDS:
-            power = POWER_WORDS[name.lower()]
+        elif name.lower() in POWER_WORDS:  # square feet
+            exponent = POWER_WORDS[name.lower()]
         elif known := known_unit(name):
-            times, power = side * int(exponent or power), 1
-            factor *= known[0] ** times
+            n, exponent = side * int(written or exponent), 1
+            factor *= known[0] ** n
             for base in known[1]:
-                powers[base] += times * known[1][base]
+                powers[base] += n * known[1][base]
         else:
             words.append(name.lower().removesuffix("s"))
     return factor, {base: n for base, n in powers.items() if n}, words
@@ -1055,7 +1064,7 @@ def elements(items):
             found += elements(item[1])
             continue
         free = sorted(name for name in symbols(item) if name[0] == "±" and item[0] != "set")
-        if len(free) > 5:
+        if len(free) > 5:  # 32 readings
             raise NotMath
         for signs in itertools.product((ONE, MINUS_ONE), repeat=len(free)):
             found.append(canonical(substituted(item, dict(zip(free, signs, strict=True)))))
@@ -1100,8 +1109,9 @@ def solutions(items):
 
 
 def equation(sides, signs, names):
-    """x = 5 is 5 by its name; of several sides the last counts, if all that have a value agree; an
-    equation that is not solved is the difference of its sides."""
+    """x = 5 and 5 = x are 5 by the name of x. Of several sides, S = 2 * 3 = 6, the last counts, if
+    all that have a value agree with it; of x = 1/3 ≈ 0.33 the exact one. x + y = 3, which is not
+    solved, is the difference of its sides."""
     if NAME.fullmatch(names[-1]) and not NAME.fullmatch(names[0]):
         sides, signs, names = sides[::-1], signs[::-1], names[::-1]
     named = NAME.fullmatch(names[0])
@@ -1182,7 +1192,7 @@ def bounded(number):
 
 def power(base, exponent):
     if base.imag == 0 and base.real < 0 and exponent != WORK.mp.nint(exponent):
-        for n in (3, 5, 7, 9):  # the real root
+        for n in (3, 5, 7, 9):  # the real root of a negative number
             odd = WORK.mp.nint(n * exponent)
             if same_number(n * exponent, odd):
                 return (-1) ** odd * (-base) ** exponent
@@ -1244,7 +1254,7 @@ def values(a, b, known):
 def points(names):
     """Values for variables, the same on every call: positive, then of both signs; then whole
     numbers, for what is defined on those alone."""
-    rng = random.Random(1)
+    rng = random.Random(1)  # 1013 is prime: no root or half of a period among the points
     reals = [(1, 9, Fraction(1, 5))] * 5 + [(1, 999, -1, -9, Fraction(-1, 7))] * 5
     return [{name: Fraction(rng.randint(1009, 4999), 1013) * rng.choice(scales) for name in names}
             for scales in reals] + [{name: rng.randint(2, 30) for name in names} for _ in range(8)]
@@ -1273,20 +1283,20 @@ def same(a, b):
     cannot be compared."""
     if a == b:
         return True
-    match a, b:
+    match a, b:  # equations and inequalities: by their names, else by the difference of the sides
         case ("named", [x], name), ("named", [y], other) if (
                 name in (other, other.partition("(")[0]) or other == name.partition("(")[0]):
-            return same(x, y)  # of y(x) = 2x and y = 2x
+            return same(x, y)  # y(x) = 2x and y = 2x
         case ("named" | "equation", *_), ("named" | "equation", *_):
-            return proportional(unsolved(a), unsolved(b))
+            return proportional(unsolved(a), unsolved(b))  # x = 2y and y = x/2
         case ("relation", x, [sign]), ("relation", y, [other]) if sign == other and proportional(
                 difference(*x), difference(*y), positive=sign in "<≤"):
-            return True
+            return True  # x < y and 2x < 2y
     a = plain(a, b)
     b = plain(b, a)
     if a == b:
         return True
-    if a[0] == "based" != b[0]:
+    if a[0] == "based" and b[0] != "based":  # 101_2 for 5, but not 5 for 101_2
         a = ("num", a[1])
     if a[0] in REGIONS or b[0] in REGIONS:
         return same_region(a, b)
@@ -1303,7 +1313,7 @@ def same(a, b):
 
 
 def plain(tree, other):
-    """A tree as what the other one is: without its name, a ratio as a fraction."""
+    """A tree as what the other one is: without its name; {5} for 5, and 1:2 for 1/2."""
     match tree:
         case ("named", [x], _):
             return x
@@ -1507,7 +1517,7 @@ def same_answer(predicted, gold):
         # letters are units where the other side knows no variables, or has units: 5m for 5
         ours, its = with_units(predicted), with_units(gold)
         x, y = (a if ours == predicted else read(ours)), (b if its == gold else read(its))
-        return (x != a and not symbols(y) or y != b and x[0] == "quantity") and same(x, y)
+        return (x != a and not symbols(y) or y != b and "quantity" in leaves(x)) and same(x, y)
     except (NotMath, ValueError, RecursionError):
         return bare_text(predicted) == bare_text(gold) != ""
 

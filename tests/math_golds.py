@@ -1,8 +1,8 @@
 """Golds in the forms of NuminaMath, OlympiadBench, Minerva math and MATH, with answers to them.
 
 `GOLDS`: list of (gold, [right predictions], [wrong predictions]) for `math_equal(predicted, gold)`.
-The lists named _REAL quote golds of the data sets themselves, those named _MADE are of our own in the
-same forms.
+The lists named _REAL quote golds of the data sets themselves, those named _MADE are of our own in
+the same forms.
 """
 
 OLYMPIADBENCH_REAL = [

@@ -1097,14 +1097,14 @@ def joined(kind, items):
 
 def solutions(items):
     """x=1 or x=2 are a set; x=1, y=2 a point, by the order of the names; and several of these."""
-    points = []
-    for _, values, name in items:
-        name = re.sub(r"^x_\d$", "x", name)  # roots have no order
-        if not points or name in points[-1]:
+    items = [("named", values, re.sub(r"^x_\d$", "x", name)) for _, values, name in items]
+    points = []  # roots x_1 and x_2 have no order
+    for item in items:
+        if not points or item[2] in points[-1]:
             points.append({})
-        points[-1][name] = ("named", values, name)
+        points[-1][item[2]] = item
     if len(points[0]) == 1:
-        return ("set", [values[0] for _, values, _ in items])
+        return ("set", items)
     return joined("list", [("()", [point[name] for name in sorted(point)]) for point in points])
 
 
@@ -1484,7 +1484,8 @@ def inside(tree, name, known):
         case ("union" | "member", items, *_):
             return any(inside(item, name, known) for item in items)
         case ("set" | "list" | "named", items, *_):
-            return any(apart(("sym", name), item, known) == 0 for item in items)
+            return any(inside(item, name, known) if item[0] == "named" else
+                       apart(("sym", name), item, known) == 0 for item in items)
     raise NotMath
 
 

@@ -86,7 +86,7 @@ MAX_WORK = 80_000     # numbers worked out for a pair, under a second; see `spen
 CONSTANTS = {"e": "e", "i": "j", "pi": "pi"}  # by mpmath's names
 GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda "
             "mu nu xi pi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda "
-            "Xi Pi Sigma Phi Psi Omega".split())
+            "Xi Pi Sigma Phi Psi Omega hbar ell".split())
 APPLIED = set("f phi varphi Gamma psi zeta delta".split())  # f(x) is no product
 ACCENTS = set("bar dot ddot hat tilde overline vec".split())
 TRIGONOMETRIC = set("sin cos tan cot sec csc sinh cosh tanh".split())
@@ -140,6 +140,34 @@ SIGNS = {name.replace("_", " "): sign.replace("_", " ") + " " * sign[1:].isalpha
     \mu µ μ
     \Omega Ω
     \triangle △
+    \epsilon ε \varepsilon ϵ
+    \delta δ
+    \zeta ζ
+    \eta η
+    \kappa κ
+    \nu ν
+    \xi ξ
+    \rho ρ
+    \sigma σ
+    \tau τ
+    \chi χ
+    \psi ψ
+    \Gamma Γ
+    \Theta Θ
+    \Lambda Λ
+    \Pi Π
+    \Sigma Σ
+    \Phi Φ
+    \Psi Ψ
+    \lfloor ⌊
+    \rfloor ⌋
+    \lceil ⌈
+    \rceil ⌉
+    \equiv ≡
+    \subset ⊂
+    \parallel ∥
+    \perp ⊥
+    \Rightarrow ⇒ \implies
     \Delta Δ
     \bar \overline
     \land \wedge
@@ -276,8 +304,14 @@ BASED = re.compile(  # 101_2, (1A)_{16}
 # units as variables are written: 5m, 9 m/s^2, 3 km
 UNIT_LETTERS = re.compile(
     r"(?<=[\d)}]) ?((?:[msgLh]|[ckm]m|[km]g|m[lL]|ft|in|lbs?|oz|hrs?|min|sec|eV|Pa|Hz|mol|mph|"
-    r"km?ph)(?:\^\{?\d\}?)?(?: ?/ ?[a-z]{1,3}(?:\^\{?\d\}?)?)?)$")
+    r"km?ph|[kmMn](?:Hz|Pa|V|W|J|N|A|F|C)|kWh)(?:\^\{?\d\}?)?(?: ?/ ?[a-z]{1,3}(?:\^\{?\d\}?)?)?)$")
 UNIT_WORD = re.compile(r"([^\W\d_]+|[°%$¢€£¥₹/])\s*\^?\s*\{?\s*(-?\d)?")
+# words that change a number or take it back: no unit
+CHANGING = re.compile(
+    r"(?i)(?<![\^{\w-])\d|\d\d|^ *(?:squared|cubed|factorial|doubled|tripled|halved|(?:hal|quarter|"
+    r"third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)\w*)|\b(?:not|no|nor|"
+    r"rejected|wrong|incorrect|impossible|undefined|exists?|invalid|extraneous|base|mod|plus|minus|"
+    r"times(?! as\b)|divided|choose|out|least|most|but|(?:hundred|thousand|million|billion|lakh|crore)s?)\b")
 TEMPERATURE = re.compile(r"(?i)(?:°|\bdegrees?)\s*(?:(c)(?:elsius)?|f(?:ahrenheit)?)\b")
 INTEGRATION = re.compile("[CcKk]|C_[0-9]")
 # what an equation may name: x, x_1, f(2), AB, \cos A, (x,y), and words
@@ -463,6 +497,8 @@ def words_only(match):
 def integer_parameter(match):
     if re.search(rf"_\{{?{match[2]}", match[1]):  # a_n = 2n
         return match[1]
+    if "N" in match[0][len(match[1]):]:  # not all whole numbers
+        return match[0]
     return re.sub(rf"(?<![A-Za-z\\]){match[2]}(?![A-Za-z])", "k", match[1])
 
 
@@ -521,6 +557,7 @@ SPELLING = [(name, re.compile(needed), [(re.compile(pattern), *rule) for pattern
          r"\w_\{(?:[^{}]|\{[^{}]*\}){2,}\}|\w\(\w\)_\{?\\?\w+ *\}?|[a-z](?::[a-z])+|"
          r"(?:⟪\w+⟫|\w+) *[*∪∩] *(?:⟪\w+⟫|\w+)) *(?==)",
          lambda match: f"⟪{re.sub('[⟪⟫,;]', '', match[0])}⟫", r"\max =6", r"⟪\max ⟫=6"),
+        (r"^ ?\(1\)(?=[^,;]*\(2\))", r"\\part ", "(1) 5 (2) 7", r"\part  5 (2) 7"),
         (r"^[ :=≈]+|[ .,:]+$", "", "= 5.", "5"),
     ]),
     ("text", r"(?<![A-Za-z\\])[A-Za-z]{2}|\\(?:[thoOp{]|m(?:a|b|od))|:\d\d|[^\x00-\x7f]", [
@@ -535,7 +572,7 @@ SPELLING = [(name, re.compile(needed), [(re.compile(pattern), *rule) for pattern
         (r"⟪ *(-?∞) *⟫", r"\1", "⟪-∞⟫", "-∞"),
         (r" *(\band\b|\bor\b|[,;]) *(?=[^⟪⟫]*⟫)", r"⟫ \1 ⟪", "⟪2 h and 5 s⟫",
          "⟪2 h⟫ and ⟪5 s⟫"),
-        (r"⟪ *(-?\d[\d.,:/*^ ]*)", r"\1⟪", "⟪2 h⟫", "2 ⟪h⟫"),
+        (r"⟪ *(-?\d[\d.,:/*^ ]*|\*\d[\d^]*)", r"\1⟪", "⟪2 h⟫", "2 ⟪h⟫"),
         (r"⟪?(USD|EUR|Rs\.?|[€£¥₹])[ ⟫]*(-? ?(?:\d[\d,.]*)?\d(?: ?\*10+(?:\^\d+)?)?)",
          r"\2⟪\1⟫", "USD 12", "12⟪USD⟫"),
         (r"USD (?=\\)", "", r"USD \frac{3}{4}", r"\frac{3}{4}"),
@@ -704,7 +741,9 @@ class Parser:
             return tree
         words = self.take()[1:-1]
         if tree[0] == "quantity":  # 20% loss
-            return ("quantity", tree[1], f"{tree[2]} {words}")
+            tree, words = tree[1][0], f"{tree[2]} {words}"
+        if CHANGING.search(words) or tree[0] == "sym" and unit(words)[2]:  # 12 squared; n is odd
+            raise NotMath
         return ("quantity", [tree], words)
 
     def sum(self):
@@ -948,7 +987,7 @@ def symbols(*trees):
 
 def text_tree(token):
     text = squash(token)
-    if re.fullmatch("(?:there(?:is|are))?no(?:real|integer)?solutions?", text):
+    if re.fullmatch("(?:there(?:is|are))?no(?:real|integer)?solutions?(?:exists?)?|emptyset", text):
         return SETS["∅"]
     if re.fullmatch("all(?:the)?real(?:number)?s?|realnumbers", text):
         return SETS["ℝ"]
@@ -1292,6 +1331,9 @@ def same(a, b):
         case ("relation", x, [sign]), ("relation", y, [other]) if sign == other and proportional(
                 difference(*x), difference(*y), positive=sign in "<≤"):
             return True  # x < y and 2x < 2y
+        case ("relation", x, signs), ("relation", y, others) if (
+                len(signs) > 1 and len(symbols(a)) > 1):  # a < b < c
+            return signs == others and all(map(same, x, y))
     a = plain(a, b)
     b = plain(b, a)
     if a == b:
@@ -1366,11 +1408,19 @@ def with_constant_of(a, b):
     names, others = symbols(a), symbols(b)
     own, its = ([name for name in extra if INTEGRATION.fullmatch(name)]
                 for extra in (names - others, others - names))
-    if len(own) == len(its) == 1 and "C" in f"{own}{its}".upper():
+    if len(own) == len(its) == 1 and "C" in f"{own}{its}".upper() and (
+            is_constant(a, own[0]) and is_constant(b, its[0])):
         return substituted(a, {own[0]: ("sym", its[0])})
-    if own and own[0][0] == "C" and a[0] == "+" and len(names) > 1:
+    if own and not its and own[0][0] == "C" and a[0] == "+" and is_constant(a, own[0]):
         return ("+", [item for item in a[1] if item != ("sym", own[0])])
     return a
+
+
+def is_constant(tree, name):
+    """Whether it is added to a function of x or the like, or is the factor of an e^x."""
+    term = ("sym", name)
+    return "e" in leaves(tree) or tree[0] == "+" and bool(symbols(tree) & set("xtyzus")) and (
+        term in tree[1] or negated(term) in tree[1])
 
 
 def decimal_places(tree):
@@ -1558,7 +1608,8 @@ def option(text):
     begins with no letter or lists two."""
     text = option_text(text)
     match = OPTION.match(text)
-    if not match or SECOND_OPTION.match(text, match.end()):
+    if not match or SECOND_OPTION.match(text, match.end()) or re.search(
+            r"[,;] ?\(?[A-J][:)]", text):
         return None, text
     return match[match.lastindex], re.sub(r"^[\s~:.,;$]+", "", text[match.end():])
 

@@ -311,7 +311,8 @@ CHANGING = re.compile(
     r"(?i)(?<![\^{\w-])\d|\d\d|^ *(?:squared|cubed|factorial|doubled|tripled|halved|(?:hal|quarter|"
     r"third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)\w*)|\b(?:not|no|nor|"
     r"rejected|wrong|incorrect|impossible|undefined|exists?|invalid|extraneous|base|mod|plus|minus|"
-    r"times(?! as\b)|divided|choose|out|least|most|but|(?:hundred|thousand|million|billion|lakh|crore)s?)\b")
+    r"times(?! as\b)|divided|choose|out|least|most|but|"
+    r"(?:hundred|thousand|million|billion|lakh|crore)s?)\b")
 TEMPERATURE = re.compile(r"(?i)(?:°|\bdegrees?)\s*(?:(c)(?:elsius)?|f(?:ahrenheit)?)\b")
 INTEGRATION = re.compile("[CcKk]|C_[0-9]")
 # what an equation may name: x, x_1, f(2), AB, \cos A, (x,y), and words

@@ -426,7 +426,8 @@ def find_answer(response):
             start, _, before = found.pop()
             if not math_equal(before, last):  # else it is said twice
                 answer = f"{before}, {listed[1] or ''}{answer}"
-        signed = re.search(r"(?:[-−+]|\bnot) *\$? *$", response[:start])
+        # it is no 5 that -\boxed{5} says
+        signed = re.search(r"(?:\S *[-−+]|\bnot) *\$? *$", response[:start])
         return (answer, "box") if answer and not signed else (None, None)
     head, mark, tail = response.rpartition("####")
     if mark and tail.strip() and not PHRASE.search(tail):
@@ -439,7 +440,8 @@ def find_answer(response):
     for sentence in reversed(SENTENCE_END.split(response)):
         if numbers := list(NUMBER.finditer(sentence)):
             number = numbers[-1]
-            part = re.search(r"[\w^{}\\.,:(−]$|[-−\d] $", sentence[:number.start()]) or re.match(
+            # of a formula, 2^{10}, or of a larger number, 1 000
+            part = re.search(r"[\w^{}.,:(−]$|[-−\d] $", sentence[:number.start()]) or re.match(
                 r"[\^!\\{(π²³]|[A-Za-z](?![A-Za-z])|\.\d", sentence[number.end():])
             if part or DOUBT.search(sentence) or TAKEN_BACK.match(sentence):
                 return None, None

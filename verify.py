@@ -83,6 +83,157 @@ MAX_DIGITS = 10_000   # with which numbers are worked out
 MAX_EXPONENT = 10**6
 MAX_WHOLE = 4096      # of a factorial, and the last term of a sum
 MAX_WORK = 80_000     # numbers worked out for a pair, under a second; see `spent`
+TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
+        "<|end_of_solution|>")  # plain text to Qwen's tokenizer
+PYTHON = re.compile(r"py(?:thon)?[\d.]*+")  # labels of a program
+FENCE = re.compile(r"(?<![`~])(`{3,}+|~{3,}+)[ \t]*+([\w+#.{}-]*+)([^`~]*+)$")
+DECIMAL = re.compile(
+    rb"[+-]?(?:[0-9]++\.[0-9]*+|\.[0-9]++|[0-9]++(?=[eE]))(?:[eE][+-]?[0-9]++)?")
+SIGNED = re.compile(rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?")
+GRADER_ERROR = "grader error"
+GONE = 73  # exit code of a judge whose program has ended before it
+WORKER_MEMORY = 2 << 30
+DEFAULT_MEMORY = 1 << 31
+MAX_RESULT = 16 << 20  # bytes of a returned value's form
+MAX_OUTPUT = 64 << 20  # bytes that a program may print
+MAX_YIELDED = 100_000  # values of an iterator
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+SANDBOX = None         # of this process
+libc = ctypes.CDLL(None, use_errno=True)
+PRELOADED = """array calendar cmath collections.abc concurrent.futures.thread dataclasses decimal
+    enum fractions graphlib hashlib inspect numbers numpy numpy.random numpy.linalg numpy.fft
+    numpy.polynomial numpy.ma numpy.char numpy.rec numpy.strings numpy.testing numpy.typing
+    numpy.ctypeslib pprint queue secrets string textwrap threading time timeit traceback types
+    typing unittest urllib.parse uuid""".split()
+# What a test under `assert` finds without an import, and what a call test does, as in
+# LiveCodeBench's runner (lcb_runner/evaluation/testing_util.py): all names of these modules.
+USUAL_MODULES = "bisect collections functools heapq itertools math typing".split()
+CONTEST_MODULES = ("string re datetime collections heapq bisect copy math random statistics "
+                   "itertools functools operator io sys json typing").split()
+
+
+# ---------------------------------------------------------------------------------------------
+# Maths. How an answer travels from the response to its verdict, where the gold answer is 150 cm:
+#
+#   response     ... so the height is \boxed{h = 1\tfrac{1}{2}\text{ metres}}.
+#   find_answer  h = 1\tfrac{1}{2}\text{ metres}                       which text it is
+#   respell      h = 1\frac {1}{2}⟪ metres⟫                            one spelling for many
+#   parse        ("relation", [("sym", "h"), ("quantity", [("num", 3/2)], "metres")], ["="], ...)
+#   canonical    ("named", [("quantity", [("num", 3/2)], "metres")], "h")  what it says, not how
+#   same         a name does not matter; metres and cm are lengths: 100 * 3/2 against 150
+#   value        150 and 150, to 60 digits: `correct`
+#
+# What the grammar does not know, a person's name or dy/dx, is a text and compared as one.
+
+
+# Repetitions are possessive, *+ and ++: what sees a whole response takes time linear in its length.
+BOX_SIGN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]")
+GAP = r"[ \t$]|\n(?!\s*\n)|\\q?quad"
+LISTED = re.compile(rf"(?:{GAP}|[,;/]|\\[)\]])*+(?:and|or|\\text\{{ *(?:and|or) *\}})?"
+                    rf"(?:{GAP}|\\[(\[])*+([a-z] *= *)?")  # between boxes of one list
+PHRASE = re.compile(r"\banswer\s*+(?:\*\*\s*+)?(?:(?:is|are|was)(?![a-z])|[:=])", re.IGNORECASE)
+FORMULA = (r"(?:\$\$?[^$]{1,999}\$\$?|\\\((?:(?!\\\)).){1,999}\\\)|"
+           r"\\\[(?:(?!\\\])[\s\S]){1,999}\\\])")
+# "$5$ and $7$" goes on, as does "$5$ cm"; "$5$, because" does not
+STATED = re.compile(rf"{FORMULA}(?:(?: *+,| +and| +or)++ *+{FORMULA})*+"
+                    r"(?: *+(?:\\?%|[A-Za-z]++)(?= *+\.?$))?"
+                    r"|.*?(?=[.!?]\s+[A-Z*]|[,;]\s+(?:as|since|because|so|which|we)\b|[.!]?$)",
+                    re.MULTILINE)
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z*])|\n")
+CLAUSE_END = re.compile(r"[.!?,;:]\s+|\n")
+DENIED = re.compile(r"(?i)n't\b|\b(?:not|cannot|never|wrong|incorrect|false|suppose|assum\w+|doubt|"
+                    r"if|unless|whether|nobody|no one|tempting|least likely)\b")
+DOUBT = re.compile(rf"{DENIED.pattern}|\?|\b(?:when|whenever|provided|wait|actually|impossible)\b")
+TAKEN_BACK = re.compile(r"(?i)\W*(?:(?:but )?wait|no|hmm|actually|on second thought|wrong)\b")
+NUMBER = re.compile(r"(?<![\w)])-?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?%?"
+                    r"|\d+(?:\.\d+)?")
+
+
+def boxes(text):
+    """(start, end, content) of each outermost `\\boxed{...}` or `\\fbox{...}` whose braces balance,
+    the content without the signs of boxes in it. `\\{` and `\\}` are printed and do not count."""
+    if "box" not in text:
+        return []
+    opened, spans = [], []
+    for sign in BOX_SIGN.finditer(text):
+        if sign[0] == "}" and opened:
+            if (box := opened.pop())[0] != "{":
+                spans.append((*box.span(), sign.start()))
+        elif sign[0][-1] == "{" and sign[0] != "\\{":
+            opened.append(sign)
+    outermost, characters = [], list(text)
+    for start, inner, last in sorted(spans):
+        if not outermost or start > outermost[-1][2]:
+            outermost.append((start, inner, last))
+        else:
+            characters[start:inner] = [""] * (inner - start)
+            characters[last] = ""
+    return [(start, last + 1, "".join(characters[inner:last]).strip())
+            for start, inner, last in outermost]
+
+
+def last_box(text):
+    """What the last outermost box holds; None if there is none."""
+    found = boxes(text)
+    return found[-1][2] if found else None
+
+
+def find_answer(response):
+    """The answer and how it was found: "box", "mark", "phrase" or "number"; or (None, None)."""
+    if found := boxes(response):
+        start, _, answer = found.pop()
+        last = answer
+        while found and answer and len(answer) < MAX_LENGTH and (
+                listed := LISTED.fullmatch(response, found[-1][1], start)):
+            start, _, before = found.pop()
+            if not math_equal(before, last):  # else it is said twice
+                answer = f"{before}, {listed[1] or ''}{answer}"
+        # it is no 5 that -\boxed{5} says
+        signed = re.search(r"(?:\S *[-−+]|\bnot) *\$? *$", response[:start])
+        return (answer, "box") if answer and not signed else (None, None)
+    head, mark, tail = response.rpartition("####")
+    if mark and tail.strip() and not PHRASE.search(tail):
+        return tail.strip().split("\n")[0].strip(), "mark"
+    *_, phrase = [None, *PHRASE.finditer(response)]
+    if phrase and (tail := response[phrase.end():].lstrip(" \t\n*_:=")):
+        denied = DENIED.search(CLAUSE_END.split(response[:phrase.start()])[-1])
+        answer = None if denied else stated(tail[:MAX_LENGTH])
+        return (answer, "phrase") if answer else (None, None)
+    for sentence in reversed(SENTENCE_END.split(response)):
+        if numbers := list(NUMBER.finditer(sentence)):
+            number = numbers[-1]
+            # of a formula, 2^{10}, or of a larger number, 1 000
+            part = re.search(r"[\w^{}.,:(−]$|[-−\d] $", sentence[:number.start()]) or re.match(
+                r"[\^!\\{(π²³]|[A-Za-z](?![A-Za-z])|\.\d", sentence[number.end():])
+            if part or DOUBT.search(sentence) or TAKEN_BACK.match(sentence):
+                return None, None
+            return number[0], "number"
+    return None, None
+
+
+def stated(tail):
+    """The answer at the head of what follows "answer is", without emphasis; None where its
+    sentence makes it a condition's, or that or the next one takes it back."""
+    tail = re.sub(r"^(?:therefore|thus|exactly|simply|equal to|given by) |</?answer>|\*\*", "",
+                  tail)
+    answer = STATED.match(tail)[0]
+    sentence, *others = SENTENCE_END.split(re.sub(FORMULA, "", tail))
+    if DOUBT.search(sentence) or others and TAKEN_BACK.match(others[0]):
+        return None
+    return re.sub(r"\\?\$|\\[()\[\]]", "", answer).strip(" *_'\"“”\n") or None
+
+
+def extract_answer(response):
+    """The text that a response gives as its answer, or None: the last balanced box, with those
+    that the same sentence lists, else what follows `####`, else what follows "answer is", else the
+    last number. A box that is empty is no answer, and an earlier one never stands in for it."""
+    return find_answer(response)[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# Maths: one spelling. Words are written ⟪words⟫.
+
+
 CONSTANTS = {"e": "e", "i": "j", "pi": "pi"}  # by mpmath's names
 GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda "
             "mu nu xi pi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda "
@@ -201,275 +352,10 @@ NUMBER_WORDS = {name: str(n) for n, name in enumerate(ONES)} | {
     half 1/2, one-half 1/2, one-third 1/3, two-thirds 2/3, one-quarter 1/4, one-fourth 1/4,
     three-quarters 3/4, three-fourths 3/4, one-fifth 1/5, dozen *12, hundred *100,
     thousand *1000, million *10^6, billion *10^9, trillion *10^12""".split(",")))
-UNITS = {}  # name -> factor, powers of base units; filled from this table:
-# `names- = factor` is a prefix, `names` a base unit and `names = factor unit` another one
-UNIT_TABLE = """
-    - = 1
-    k- kilo- = 1e3
-    M- mega- = 1e6
-    G- giga- = 1e9
-    T- = 1e12
-    d- deci- = 1e-1
-    c- centi- = 1e-2
-    m- milli- = 1e-3
-    μ- micro- = 1e-6
-    n- nano- = 1e-9
-    p- pico- = 1e-12
-    m meter metre 米 м
-    g gram gramme 克 г
-    s sec second 秒 с
-    A amp ampere
-    K kelvin
-    mol mole
-    $ usd dollar 美元
-    € eur euro
-    元 yuan rmb 块
-    ₹ Rs rupee
-    celsius
-    fahrenheit
-    % percent
-    ° degree deg
-    B byte
-    bit
-    month
-    rad radian
-    unit
-    个 = 1
-    N newton = 1000 g m/s^2
-    J joule = 1 N m
-    W watt = 1 J/s
-    Wh = 3600 J
-    Pa pascal = 1 N/m^2
-    Hz hertz = 1 /s
-    C coulomb = 1 A s
-    V volt = 1 J/C
-    Ω ohm = 1 V/A
-    F farad = 1 C/V
-    T tesla = 1 N/m A
-    Wb weber = 1 V s
-    H henry = 1 V s/A
-    eV electronvolt = 1.602176634e-19 J
-    cal calorie = 4.184 J
-    L l liter litre 升 л = 0.001 m^3
-    t ton tonne 吨 т = 1000000 g
-    min minute mins 分钟 мин = 60 s
-    h hr hour hrs 小时 ч = 3600 s
-    day 天 日 = 24 h
-    week = 7 day
-    year yr 年 = 12 month
-    厘米 см = 0.01 m
-    毫米 мм = 0.001 m
-    千米 公里 км = 1000 m
-    千克 公斤 кг = 1000 g
-    in inch inches = 0.0254 m
-    ft foot feet = 12 in
-    yd yard = 3 ft
-    mi mile = 5280 ft
-    lb lbs pound = 453.59237 g
-    oz ounce = 0.0625 lb
-    mph = 1 mi/h
-    kph kmh kmph = 1000 m/h
-    cent ¢ = 0.01 $
-    cc = 0.000001 m^3
-    ha hectare = 10000 m^2
-"""
-POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3}
-BOX_SIGN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]")
-GAP = r"[ \t$]|\n(?!\s*\n)|\\q?quad"
-LISTED = re.compile(rf"(?:{GAP}|[,;/]|\\[)\]])*+(?:and|or|\\text\{{ *(?:and|or) *\}})?"
-                    rf"(?:{GAP}|\\[(\[])*+([a-z] *= *)?")  # between boxes of one list
-PHRASE = re.compile(r"\banswer\s*+(?:\*\*\s*+)?(?:(?:is|are|was)(?![a-z])|[:=])", re.IGNORECASE)
-FORMULA = (r"(?:\$\$?[^$]{1,999}\$\$?|\\\((?:(?!\\\)).){1,999}\\\)|"
-           r"\\\[(?:(?!\\\])[\s\S]){1,999}\\\])")
-# "$5$ and $7$" goes on, as does "$5$ cm"; "$5$, because" does not
-STATED = re.compile(rf"{FORMULA}(?:(?: *+,| +and| +or)++ *+{FORMULA})*+"
-                    r"(?: *+(?:\\?%|[A-Za-z]++)(?= *+\.?$))?"
-                    r"|.*?(?=[.!?]\s+[A-Z*]|[,;]\s+(?:as|since|because|so|which|we)\b|[.!]?$)",
-                    re.MULTILINE)
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z*])|\n")
-CLAUSE_END = re.compile(r"[.!?,;:]\s+|\n")
-DENIED = re.compile(r"(?i)n't\b|\b(?:not|cannot|never|wrong|incorrect|false|suppose|assum\w+|doubt|"
-                    r"if|unless|whether|nobody|no one|tempting|least likely)\b")
-DOUBT = re.compile(rf"{DENIED.pattern}|\?|\b(?:when|whenever|provided|wait|actually|impossible)\b")
-TAKEN_BACK = re.compile(r"(?i)\W*(?:(?:but )?wait|no|hmm|actually|on second thought|wrong)\b")
-NUMBER = re.compile(r"(?<![\w)])-?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?%?"
-                    r"|\d+(?:\.\d+)?")
 # an element of words, cat or HTH; ab and xy are products
 WORDS = re.compile(r"[A-Za-z][A-Za-z '.]*")
 WORD = re.compile(r"(?i)(?<![A-Za-z])(?:(?![abcxyz]+\b)(?=[a-z]*[aeiou])[a-z]{2}|[a-z]{4}|"
                   r"(?-i:[A-Z]{2,}$))")
-TOKEN = re.compile(r"⟪[^⟫]*⟫|\d+\.?\d*|\.\d+|\\[A-Za-z]+|\\.|\S", re.DOTALL)
-BASED = re.compile(  # 101_2, (1A)_{16}
-    r"\(? ?([0-9A-F]+) ?\)? ?_ ?\{? ?(\d{1,2}) ?\}?")
-# units as variables are written: 5m, 9 m/s^2, 3 km
-UNIT_LETTERS = re.compile(
-    r"(?<=[\d)}]) ?((?:[msgLh]|[ckm]m|[km]g|m[lL]|ft|in|lbs?|oz|hrs?|min|sec|eV|Pa|Hz|mol|mph|"
-    r"km?ph|[kmMn](?:Hz|Pa|V|W|J|N|A|F|C)|kWh)(?:\^\{?\d\}?)?(?: ?/ ?[a-z]{1,3}(?:\^\{?\d\}?)?)?)$")
-UNIT_WORD = re.compile(r"([^\W\d_]+|[°%$¢€£¥₹/])\s*\^?\s*\{?\s*(-?\d)?")
-# words that change a number or take it back: no unit
-CHANGING = re.compile(
-    r"(?i)(?<![\^{\w-])\d|\d\d|^ *(?:squared|cubed|factorial|doubled|tripled|halved|(?:hal|quarter|"
-    r"third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)\w*)|\b(?:not|no|nor|"
-    r"rejected|wrong|incorrect|impossible|undefined|exists?|invalid|extraneous|base|mod|plus|minus|"
-    r"times(?! as\b)|divided|choose|out|least|most|but|"
-    r"(?:hundred|thousand|million|billion|lakh|crore)s?)\b")
-TEMPERATURE = re.compile(r"(?i)(?:°|\bdegrees?)\s*(?:(c)(?:elsius)?|f(?:ahrenheit)?)\b")
-INTEGRATION = re.compile("[CcKk]|C_[0-9]")
-# what an equation may name: x, x_1, f(2), AB, \cos A, (x,y), and words
-NAME = re.compile(rf"""(?x) ⟪.* | [|\[]? [A-Z]{{2,}} [|\]]? | \(\\?[A-Za-z]+(?:,\\?[A-Za-z]+)+\)
-    | (?:\\(?:sin|cos|tan|Delta)\d?)? (?:[A-Za-z]|\\(?:{"|".join(GREEK - {"pi"})})) '* (?:_\w+)? '*
-      (?:\^-1)? (?:\(.*\))?""")
-OPTION = re.compile(r"(?:(?:option|choice|answer)\b\s*+(?::\s*+)?)?(?:[(\[]\s*([A-J])\s*[)\]]"
-                    r"|([A-J])\s*[.):,]|([A-J])\s*$)", re.IGNORECASE)
-SECOND_OPTION = re.compile(
-    r"[ \t]*+(?:(?:[,;/&|+∪>-]|\b(?:and|or|plus|as well as|also|maybe|then)\b)[ \t]*+)*+[(\[]?"
-    r"[A-HJ][)\].]?(?![A-Za-z0-9']| (?:is|are|was) )|[)\].,;: ]*+(?:\?|(?i:\(?or\b|only if|if|when|"
-    r"unless|assuming|no\b|wait|(?:which )?is (?:wrong|incorrect|false)|wrong|incorrect|false|"
-    r"true))")
-DECORATION = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|rm|it))\s*\{|\\[()\[\]]|</?\w+>|"
-                        r"[*_`\"“”${}]|(?<![a-z])'|'(?![a-z])")
-LETTER = r"""(?: [(\[]\s*([A-Ja-j])\s*[)\]] | (?![AI]\s++(?!only)[a-z])([A-J])(?![A-Za-z0-9'^_+*-]
-    |\.[A-Z]|\s*+[=^+*<>/\\]|\s\w\^) | ([a-j])(?=\W*+$) )"""
-# What says which option it is, the surest first: "the answer is" before a letter; "is correct"
-# behind one; and, where the line ends with it, "choose" or a mere "so" before it.
-CHOICES = [re.compile(rf"(?xm){pattern}") for pattern in (
-    rf"""\b(?i:ans(?:wer)?|option|choice|(?:correct|right|best)\s++(?:one|letter|statement|option))
-    (?i:\s++(?:choice|option|letter|to\s+th(?:is|e)\s+question))?\s*+
-    (?:(?i:is|(?:must|would|should|will)\s+be)(?![a-z])|[:=-]|(?<=answer)\s(?=\([A-J]\)))[\s:]*+
-    (?i:(?:not\s++\(?[A-J]\)?,?\s++but|definitely|clearly|indeed|obviously|therefore|probably
-    |option|choice|letter)\s++)*+{LETTER}""",
-    r"""(?:^|[.!?:,]\s|\b(?i:option|choice|answer|so|thus|hence|therefore),?\s)\W?(?![AI]\s++(?!is))
-    \(?([A-J])\)?\s++is\s++(?:the\s++)?(?i:correct|right|best|answer)\b""",
-    r"""\b(?i:choose|select|pick|thus|therefore|hence|so|definitely|it['i\s]*s|which\s+is
-    |(?:must|has\s+to)\s+be|go(?:ing)?\s+with|not\s++\(?[A-J]\)?,?\s++but)\b[\s,:]*+
-    (?i:option\s++|choice\s++)?(?:\(([A-J])\)|([A-HJ]))(?=\W*+$)""")]
-
-TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
-        "<|end_of_solution|>")  # plain text to Qwen's tokenizer
-PYTHON = re.compile(r"py(?:thon)?[\d.]*+")  # labels of a program
-FENCE = re.compile(r"(?<![`~])(`{3,}+|~{3,}+)[ \t]*+([\w+#.{}-]*+)([^`~]*+)$")
-DECIMAL = re.compile(
-    rb"[+-]?(?:[0-9]++\.[0-9]*+|\.[0-9]++|[0-9]++(?=[eE]))(?:[eE][+-]?[0-9]++)?")
-SIGNED = re.compile(rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?")
-GRADER_ERROR = "grader error"
-GONE = 73  # exit code of a judge whose program has ended before it
-WORKER_MEMORY = 2 << 30
-DEFAULT_MEMORY = 1 << 31
-MAX_RESULT = 16 << 20  # bytes of a returned value's form
-MAX_OUTPUT = 64 << 20  # bytes that a program may print
-MAX_YIELDED = 100_000  # values of an iterator
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-SANDBOX = None         # of this process
-libc = ctypes.CDLL(None, use_errno=True)
-PRELOADED = """array calendar cmath collections.abc concurrent.futures.thread dataclasses decimal
-    enum fractions graphlib hashlib inspect numbers numpy numpy.random numpy.linalg numpy.fft
-    numpy.polynomial numpy.ma numpy.char numpy.rec numpy.strings numpy.testing numpy.typing
-    numpy.ctypeslib pprint queue secrets string textwrap threading time timeit traceback types
-    typing unittest urllib.parse uuid""".split()
-# What a test under `assert` finds without an import, and what a call test does, as in
-# LiveCodeBench's runner (lcb_runner/evaluation/testing_util.py): all names of these modules.
-USUAL_MODULES = "bisect collections functools heapq itertools math typing".split()
-CONTEST_MODULES = ("string re datetime collections heapq bisect copy math random statistics "
-                   "itertools functools operator io sys json typing").split()
-
-
-# ---------------------------------------------------------------------------------------------
-# Maths. How an answer travels from the response to its verdict, where the gold answer is 150 cm:
-#
-#   response     ... so the height is \boxed{h = 1\tfrac{1}{2}\text{ metres}}.
-#   find_answer  h = 1\tfrac{1}{2}\text{ metres}                       which text it is
-#   respell      h = 1\frac {1}{2}⟪ metres⟫                            one spelling for many
-#   parse        ("relation", [("sym", "h"), ("quantity", [("num", 3/2)], "metres")], ["="], ...)
-#   canonical    ("named", [("quantity", [("num", 3/2)], "metres")], "h")  what it says, not how
-#   same         a name does not matter; metres and cm are lengths: 100 * 3/2 against 150
-#   value        150 and 150, to 60 digits: `correct`
-#
-# What the grammar does not know, a person's name or dy/dx, is a text and compared as one.
-
-
-def boxes(text):
-    """(start, end, content) of each outermost `\\boxed{...}` or `\\fbox{...}` whose braces balance,
-    the content without the signs of boxes in it. `\\{` and `\\}` are printed and do not count."""
-    if "box" not in text:
-        return []
-    opened, spans = [], []
-    for sign in BOX_SIGN.finditer(text):
-        if sign[0] == "}" and opened:
-            if (box := opened.pop())[0] != "{":
-                spans.append((*box.span(), sign.start()))
-        elif sign[0][-1] == "{" and sign[0] != "\\{":
-            opened.append(sign)
-    outermost, characters = [], list(text)
-    for start, inner, last in sorted(spans):
-        if not outermost or start > outermost[-1][2]:
-            outermost.append((start, inner, last))
-        else:
-            characters[start:inner] = [""] * (inner - start)
-            characters[last] = ""
-    return [(start, last + 1, "".join(characters[inner:last]).strip())
-            for start, inner, last in outermost]
-
-
-def last_box(text):
-    """What the last outermost box holds; None if there is none."""
-    found = boxes(text)
-    return found[-1][2] if found else None
-
-
-def find_answer(response):
-    """The answer and how it was found: "box", "mark", "phrase" or "number"; or (None, None)."""
-    if found := boxes(response):
-        start, _, answer = found.pop()
-        last = answer
-        while found and answer and len(answer) < MAX_LENGTH and (
-                listed := LISTED.fullmatch(response, found[-1][1], start)):
-            start, _, before = found.pop()
-            if not math_equal(before, last):  # else it is said twice
-                answer = f"{before}, {listed[1] or ''}{answer}"
-        # it is no 5 that -\boxed{5} says
-        signed = re.search(r"(?:\S *[-−+]|\bnot) *\$? *$", response[:start])
-        return (answer, "box") if answer and not signed else (None, None)
-    head, mark, tail = response.rpartition("####")
-    if mark and tail.strip() and not PHRASE.search(tail):
-        return tail.strip().split("\n")[0].strip(), "mark"
-    *_, phrase = [None, *PHRASE.finditer(response)]
-    if phrase and (tail := response[phrase.end():].lstrip(" \t\n*_:=")):
-        denied = DENIED.search(CLAUSE_END.split(response[:phrase.start()])[-1])
-        answer = None if denied else stated(tail[:MAX_LENGTH])
-        return (answer, "phrase") if answer else (None, None)
-    for sentence in reversed(SENTENCE_END.split(response)):
-        if numbers := list(NUMBER.finditer(sentence)):
-            number = numbers[-1]
-            # of a formula, 2^{10}, or of a larger number, 1 000
-            part = re.search(r"[\w^{}.,:(−]$|[-−\d] $", sentence[:number.start()]) or re.match(
-                r"[\^!\\{(π²³]|[A-Za-z](?![A-Za-z])|\.\d", sentence[number.end():])
-            if part or DOUBT.search(sentence) or TAKEN_BACK.match(sentence):
-                return None, None
-            return number[0], "number"
-    return None, None
-
-
-def stated(tail):
-    """The answer at the head of what follows "answer is", without emphasis; None where its
-    sentence makes it a condition's, or that or the next one takes it back."""
-    tail = re.sub(r"^(?:therefore|thus|exactly|simply|equal to|given by) |</?answer>|\*\*", "",
-                  tail)
-    answer = STATED.match(tail)[0]
-    sentence, *others = SENTENCE_END.split(re.sub(FORMULA, "", tail))
-    if DOUBT.search(sentence) or others and TAKEN_BACK.match(others[0]):
-        return None
-    return re.sub(r"\\?\$|\\[()\[\]]", "", answer).strip(" *_'\"“”\n") or None
-
-
-def extract_answer(response):
-    """The text that a response gives as its answer, or None: the last balanced box, with those
-    that the same sentence lists, else what follows `####`, else what follows "answer is", else the
-    last number. A box that is empty is no answer, and an earlier one never stands in for it."""
-    return find_answer(response)[0]
-
-
-# ---------------------------------------------------------------------------------------------
-# Maths: one spelling. Words are written ⟪words⟫.
 
 
 def superscript(match):
@@ -669,6 +555,9 @@ HOLDS = {"<": operator.lt, "≤": operator.le, ">": operator.gt, "≥": operator
 ROUNDING = {"|": "abs", "\\lfloor": "floor", "\\lceil": "ceil"}
 CLOSING = {"(": ")]", "[": "])", "{": "}", "\\{": ["\\}"], "⟨": "⟩", "\\lfloor": ["\\rfloor"],
            "\\lceil": ["\\rceil"], "|": "|"}
+TOKEN = re.compile(r"⟪[^⟫]*⟫|\d+\.?\d*|\.\d+|\\[A-Za-z]+|\\.|\S", re.DOTALL)
+BASED = re.compile(  # 101_2, (1A)_{16}
+    r"\(? ?([0-9A-F]+) ?\)? ?_ ?\{? ?(\d{1,2}) ?\}?")
 # What binds least comes first. What binds more than these is a function of Parser each, in this
 # order: quantity (a unit at the end), sum, product, factor (^ ! % °), base.
 LEVELS = [("list", ",;"), ("or", "∨"), ("and", "∧"), ("relation", "=<>≤≥≠≈∈"), ("minus", "∖"),
@@ -1007,6 +896,94 @@ def squash(text):
 # Maths: units
 
 
+UNITS = {}  # name -> factor, powers of base units; filled from this table:
+# `names- = factor` is a prefix, `names` a base unit and `names = factor unit` another one
+UNIT_TABLE = """
+    - = 1
+    k- kilo- = 1e3
+    M- mega- = 1e6
+    G- giga- = 1e9
+    T- = 1e12
+    d- deci- = 1e-1
+    c- centi- = 1e-2
+    m- milli- = 1e-3
+    μ- micro- = 1e-6
+    n- nano- = 1e-9
+    p- pico- = 1e-12
+    m meter metre 米 м
+    g gram gramme 克 г
+    s sec second 秒 с
+    A amp ampere
+    K kelvin
+    mol mole
+    $ usd dollar 美元
+    € eur euro
+    元 yuan rmb 块
+    ₹ Rs rupee
+    celsius
+    fahrenheit
+    % percent
+    ° degree deg
+    B byte
+    bit
+    month
+    rad radian
+    unit
+    个 = 1
+    N newton = 1000 g m/s^2
+    J joule = 1 N m
+    W watt = 1 J/s
+    Wh = 3600 J
+    Pa pascal = 1 N/m^2
+    Hz hertz = 1 /s
+    C coulomb = 1 A s
+    V volt = 1 J/C
+    Ω ohm = 1 V/A
+    F farad = 1 C/V
+    T tesla = 1 N/m A
+    Wb weber = 1 V s
+    H henry = 1 V s/A
+    eV electronvolt = 1.602176634e-19 J
+    cal calorie = 4.184 J
+    L l liter litre 升 л = 0.001 m^3
+    t ton tonne 吨 т = 1000000 g
+    min minute mins 分钟 мин = 60 s
+    h hr hour hrs 小时 ч = 3600 s
+    day 天 日 = 24 h
+    week = 7 day
+    year yr 年 = 12 month
+    厘米 см = 0.01 m
+    毫米 мм = 0.001 m
+    千米 公里 км = 1000 m
+    千克 公斤 кг = 1000 g
+    in inch inches = 0.0254 m
+    ft foot feet = 12 in
+    yd yard = 3 ft
+    mi mile = 5280 ft
+    lb lbs pound = 453.59237 g
+    oz ounce = 0.0625 lb
+    mph = 1 mi/h
+    kph kmh kmph = 1000 m/h
+    cent ¢ = 0.01 $
+    cc = 0.000001 m^3
+    ha hectare = 10000 m^2
+"""
+POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3}
+UNIT_WORD = re.compile(r"([^\W\d_]+|[°%$¢€£¥₹/])\s*\^?\s*\{?\s*(-?\d)?")
+# words that change a number or take it back: no unit
+CHANGING = re.compile(
+    r"(?i)(?<![\^{\w-])\d|\d\d|^ *(?:squared|cubed|factorial|doubled|tripled|halved|(?:hal|quarter|"
+    r"third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)\w*)|\b(?:not|no|nor|"
+    r"rejected|wrong|incorrect|impossible|undefined|exists?|invalid|extraneous|base|mod|plus|minus|"
+    r"times(?! as\b)|divided|choose|out|least|most|but|"
+    r"(?:hundred|thousand|million|billion|lakh|crore)s?)\b")
+TEMPERATURE = re.compile(r"(?i)(?:°|\bdegrees?)\s*(?:(c)(?:elsius)?|f(?:ahrenheit)?)\b")
+# units as variables are written: 5m, 9 m/s^2, 3 km
+UNIT_LETTERS = re.compile(
+    r"(?<=[\d)}]) ?((?:[msgLh]|[ckm]m|[km]g|m[lL]|ft|in|lbs?|oz|hrs?|min|sec|eV|Pa|Hz|mol|mph|"
+    r"km?ph|[kmMn](?:Hz|Pa|V|W|J|N|A|F|C)|kWh)(?:\^\{?\d\}?)?(?: ?/ ?[a-z]{1,3}(?:\^\{?\d\}?)?)?)$")
+
+
 def known_unit(name):
     """A unit's factor and the powers of base units in it, of km 1000 and {"m": 1}; or None."""
     for i in range(len(name)):
@@ -1077,6 +1054,12 @@ def added(items):
 
 # ---------------------------------------------------------------------------------------------
 # Maths: what a tree says
+
+
+# what an equation may name: x, x_1, f(2), AB, \cos A, (x,y), and words
+NAME = re.compile(rf"""(?x) ⟪.* | [|\[]? [A-Z]{{2,}} [|\]]? | \(\\?[A-Za-z]+(?:,\\?[A-Za-z]+)+\)
+    | (?:\\(?:sin|cos|tan|Delta)\d?)? (?:[A-Za-z]|\\(?:{"|".join(GREEK - {"pi"})})) '* (?:_\w+)? '*
+      (?:\^-1)? (?:\(.*\))?""")
 
 
 def canonical(tree):
@@ -1405,6 +1388,9 @@ def same_value(a, b):
     return False
 
 
+INTEGRATION = re.compile("[CcKk]|C_[0-9]")
+
+
 def with_constant_of(a, b):
     """A tree with its constant of integration named as in the other one; without, if that has
     none."""
@@ -1601,28 +1587,6 @@ def math_equal(predicted, gold):
         return False
 
 
-def choice_letter(text):
-    letter, _ = option(text)
-    return letter and letter.upper()
-
-
-def option(text):
-    """The letter of an option and what is behind it, of `\\textbf{(C)}\\ 12` C and 12; None of what
-    begins with no letter or lists two."""
-    text = option_text(text)
-    match = OPTION.match(text)
-    if not match or SECOND_OPTION.match(text, match.end()) or re.search(
-            r"[,;] ?\(?[A-J][:)]", text):
-        return None, text
-    return match[match.lastindex], re.sub(r"^[\s~:.,;$]+", "", text[match.end():])
-
-
-def option_text(text):
-    text = re.sub(r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|it|sf))\s*\{([^{}]*)\}", r"\1",
-                  last_box(text) or text)
-    return re.sub(r"\\[ ,;:]", " ", text).strip(" $*`\n")
-
-
 def math_verdict(response, gold):
     """The verdict on a response's answer, see `verify_math`."""
     extracted, how = find_answer(response)
@@ -1649,6 +1613,54 @@ def is_number(gold):
 
 # ---------------------------------------------------------------------------------------------
 # Multiple choice
+
+
+OPTION = re.compile(r"(?:(?:option|choice|answer)\b\s*+(?::\s*+)?)?(?:[(\[]\s*([A-J])\s*[)\]]"
+                    r"|([A-J])\s*[.):,]|([A-J])\s*$)", re.IGNORECASE)
+SECOND_OPTION = re.compile(
+    r"[ \t]*+(?:(?:[,;/&|+∪>-]|\b(?:and|or|plus|as well as|also|maybe|then)\b)[ \t]*+)*+[(\[]?"
+    r"[A-HJ][)\].]?(?![A-Za-z0-9']| (?:is|are|was) )|[)\].,;: ]*+(?:\?|(?i:\(?or\b|only if|if|when|"
+    r"unless|assuming|no\b|wait|(?:which )?is (?:wrong|incorrect|false)|wrong|incorrect|false|"
+    r"true))")
+DECORATION = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|rm|it))\s*\{|\\[()\[\]]|</?\w+>|"
+                        r"[*_`\"“”${}]|(?<![a-z])'|'(?![a-z])")
+LETTER = r"""(?: [(\[]\s*([A-Ja-j])\s*[)\]] | (?![AI]\s++(?!only)[a-z])([A-J])(?![A-Za-z0-9'^_+*-]
+    |\.[A-Z]|\s*+[=^+*<>/\\]|\s\w\^) | ([a-j])(?=\W*+$) )"""
+# What says which option it is, the surest first: "the answer is" before a letter; "is correct"
+# behind one; and, where the line ends with it, "choose" or a mere "so" before it.
+CHOICES = [re.compile(rf"(?xm){pattern}") for pattern in (
+    rf"""\b(?i:ans(?:wer)?|option|choice|(?:correct|right|best)\s++(?:one|letter|statement|option))
+    (?i:\s++(?:choice|option|letter|to\s+th(?:is|e)\s+question))?\s*+
+    (?:(?i:is|(?:must|would|should|will)\s+be)(?![a-z])|[:=-]|(?<=answer)\s(?=\([A-J]\)))[\s:]*+
+    (?i:(?:not\s++\(?[A-J]\)?,?\s++but|definitely|clearly|indeed|obviously|therefore|probably
+    |option|choice|letter)\s++)*+{LETTER}""",
+    r"""(?:^|[.!?:,]\s|\b(?i:option|choice|answer|so|thus|hence|therefore),?\s)\W?(?![AI]\s++(?!is))
+    \(?([A-J])\)?\s++is\s++(?:the\s++)?(?i:correct|right|best|answer)\b""",
+    r"""\b(?i:choose|select|pick|thus|therefore|hence|so|definitely|it['i\s]*s|which\s+is
+    |(?:must|has\s+to)\s+be|go(?:ing)?\s+with|not\s++\(?[A-J]\)?,?\s++but)\b[\s,:]*+
+    (?i:option\s++|choice\s++)?(?:\(([A-J])\)|([A-HJ]))(?=\W*+$)""")]
+
+
+def choice_letter(text):
+    letter, _ = option(text)
+    return letter and letter.upper()
+
+
+def option(text):
+    """The letter of an option and what is behind it, of `\\textbf{(C)}\\ 12` C and 12; None of what
+    begins with no letter or lists two."""
+    text = option_text(text)
+    match = OPTION.match(text)
+    if not match or SECOND_OPTION.match(text, match.end()) or re.search(
+            r"[,;] ?\(?[A-J][:)]", text):
+        return None, text
+    return match[match.lastindex], re.sub(r"^[\s~:.,;$]+", "", text[match.end():])
+
+
+def option_text(text):
+    text = re.sub(r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|it|sf))\s*\{([^{}]*)\}", r"\1",
+                  last_box(text) or text)
+    return re.sub(r"\\[ ,;:]", " ", text).strip(" $*`\n")
 
 
 def find_letter(response):

@@ -978,9 +978,10 @@ CHANGING = re.compile(
     r"times(?! as\b)|divided|choose|out|least|most|but|"
     r"(?:hundred|thousand|million|billion|lakh|crore)s?)\b")
 TEMPERATURE = re.compile(r"(?i)(?:°|\bdegrees?)\s*(?:(c)(?:elsius)?|f(?:ahrenheit)?)\b")
+UNIT_CAPITALS = ("N⟫", "J⟫", "W⟫", "V⟫", "A⟫", "K⟫")
 # units as variables are written: 5m, 9 m/s^2, 3 km
 UNIT_LETTERS = re.compile(
-    r"(?<=[\d)}]) ?((?:[msgLh]|[ckm]m|[km]g|m[lL]|ft|in|lbs?|oz|hrs?|min|sec|eV|Pa|Hz|mol|mph|"
+    r"(?<=[\d)}]) ?((?:[msgLhNJWVAK]|[ckm]m|[km]g|m[lL]|ft|in|lbs?|oz|hrs?|min|sec|eV|Pa|Hz|mol|mph|"
     r"km?ph|[kmMn](?:Hz|Pa|V|W|J|N|A|F|C)|kWh)(?:\^\{?\d\}?)?(?: ?/ ?[a-z]{1,3}(?:\^\{?\d\}?)?)?)$")
 
 
@@ -1554,10 +1555,11 @@ def same_answer(predicted, gold):
         a, b = read(predicted), read(gold)
         if same(a, b):
             return True
-        # letters are units where the other side knows no variables, or has units: 5m for 5
+        # letters are units where the other side has units; m too where it knows no variables
         ours, its = with_units(predicted), with_units(gold)
         x, y = (a if ours == predicted else read(ours)), (b if its == gold else read(its))
-        return (x != a and not symbols(y) or y != b and "quantity" in leaves(x)) and same(x, y)
+        ours_too = "quantity" in leaves(y) or not symbols(y) and ours[-2:] not in UNIT_CAPITALS
+        return (x != a and ours_too or y != b and "quantity" in leaves(x)) and same(x, y)
     except (NotMath, ValueError, RecursionError):
         return bare_text(predicted) == bare_text(gold) != ""
 

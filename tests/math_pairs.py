@@ -2673,6 +2673,17 @@ PAIRS = {
         ("⌊x⌋", r"\lfloor x\rfloor", True),
         ("⌊n/2⌋", r"\lfloor \frac{n}{2} \rfloor", True),
     ],
+    "units in letters": [
+        ("20 N", r"20 \text{ N}", True),
+        ("300K", r"300 \text{ K}", True),
+        ("5N", "5", False),
+        ("20 J", r"20 \text{ N}", False),
+        ("12 V", r"12\text{ V}", True),
+        ("5m", "5", True),
+        (r"20\text{ N}", "20 N", True),
+        ("5 L", "5", True),
+        ("5L", "5000 mL", True),
+    ],
 }
 
 EXTRACTIONS = [

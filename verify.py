@@ -982,7 +982,8 @@ UNIT_CAPITALS = ("N⟫", "J⟫", "W⟫", "V⟫", "A⟫", "K⟫")
 # units as variables are written: 5m, 9 m/s^2, 3 km
 UNIT_LETTERS = re.compile(
     r"(?<=[\d)}]) ?((?:[msgLhNJWVAK]|[ckm]m|[km]g|m[lL]|ft|in|lbs?|oz|hrs?|min|sec|eV|Pa|Hz|mol|"
-    r"mph|km?ph|[kmMn](?:Hz|Pa|V|W|J|N|A|F|C)|kWh)(?:\^\{?\d\}?)?(?: ?/ ?[a-z]{1,3}(?:\^\{?\d\}?)?)?)$")
+    r"mph|km?ph|[kmMn](?:Hz|Pa|V|W|J|N|A|F|C)|kWh)"
+    r"(?:\^\{?\d\}?)?(?: ?/ ?[a-z]{1,3}(?:\^\{?\d\}?)?)?)$")
 
 
 def known_unit(name):

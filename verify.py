@@ -7,11 +7,11 @@ programs (every test run in a sandbox, its output compared outside of the progra
 wrong accept enters the training set, a wrong reject costs one sample: in doubt an answer is wrong.
 Nothing that a model wrote is ever evaluated as Python outside of the sandbox.
 
-In order: maths (extraction, spelling, parsing, values, equality), multiple choice, programs
-(extraction, tests, the sandbox from outside to inside), a sample's verdict, the worker processes
-that make all verdicts, the summary, the command. Needs neither torch nor the other files;
-mpmath, for answers with roots, logarithms and angles, comes with torch's sympy. Programs need
-Linux on x86_64 or aarch64.
+In order: maths (extraction, spelling, parsing, units, what a tree says, values, equality), multiple
+choice, programs (extraction, tests, the sandbox from outside to inside), a sample's verdict, the
+worker processes that make all verdicts, the summary, the command. Needs neither torch nor the other
+files; mpmath, which works out values, comes with torch's sympy. Programs need Linux on x86_64 or
+aarch64.
 """
 import argparse
 import ast
@@ -218,7 +218,8 @@ def stated(tail):
                   tail)
     answer = STATED.match(tail)[0]
     sentence, *others = SENTENCE_END.split(re.sub(FORMULA, "", tail))
-    if DOUBT.search(sentence) or others and TAKEN_BACK.match(others[0]):
+    is_answer = re.fullmatch(r"(?i)\W*(?:false|incorrect|wrong|impossible)\W*", sentence)
+    if DOUBT.search(sentence) and not is_answer or others and TAKEN_BACK.match(others[0]):
         return None
     return re.sub(r"\\?\$|\\[()\[\]]", "", answer).strip(" *_'\"“”\n") or None
 
@@ -234,18 +235,14 @@ def extract_answer(response):
 # Maths: one spelling. Words are written ⟪words⟫.
 
 
-CONSTANTS = {"e": "e", "i": "j", "pi": "pi"}  # by mpmath's names
 GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda "
             "mu nu xi pi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda "
             "Xi Pi Sigma Phi Psi Omega hbar ell".split())
-APPLIED = set("f phi varphi Gamma psi zeta delta".split())  # f(x) is no product
-ACCENTS = set("bar dot ddot hat tilde overline vec".split())
 TRIGONOMETRIC = set("sin cos tan cot sec csc sinh cosh tanh".split())
 MPMATH = {  # functions of one number, by mpmath's names
     **{name: name for name in [*TRIGONOMETRIC, "exp"]}, "ln": "log", "lg": "log10", "cis": "expj",
     **{f"arc{name}": f"a{name}" for name in TRIGONOMETRIC}, "tg": "tan", "ctg": "cot",
     "arctg": "atan"}
-GROWING = ("exp", "sinh", "cosh", "tanh")
 NAMED_FUNCTIONS = {*MPMATH, "log"}
 FUNCTIONS = NAMED_FUNCTIONS | set("sqrt frac binom max min gcd lcm sum prod det".split())
 # The sign at the head of a line stands for all behind it. `_` is a blank; a sign that is a command
@@ -384,6 +381,7 @@ def words_only(match):
 
 
 def integer_parameter(match):
+    """2n pi with n any integer is 2k pi."""
     if re.search(rf"_\{{?{match[2]}", match[1]):  # a_n = 2n
         return match[1]
     if "N" in match[0][len(match[1]):]:  # not all whole numbers
@@ -546,6 +544,9 @@ ONE, MINUS_ONE = ("num", 1), ("num", -1)
 BARE_UNITS = {  # what 25% and 60° are times, where they are no 25 and 60
     "%": [("num", Fraction(1, 100))], "°": [("sym", "pi"), ("num", Fraction(1, 180))],
     "rad": [ONE]}
+CONSTANTS = {"e": "e", "i": "j", "pi": "pi"}  # by mpmath's names
+APPLIED = set("f phi varphi Gamma psi zeta delta".split())  # f(x) is no product
+ACCENTS = set("bar dot ddot hat tilde overline vec".split())
 REGIONS = ("relation", "member", "union", "meet", "minus")
 STRUCTURES = {*REGIONS, "list", "set", "()", "[)", "(]", "[]", ":", "matrix", "row", "equation",
               "named", "quantity", "text", "inf", "based"}
@@ -1099,6 +1100,7 @@ def elements(items):
 
 
 def has_conditions(tree):
+    """Whether there are inequalities or sets of numbers in it."""
     is_equation = tree[0] == "relation" and set(tree[2]) <= {"=", "≈"}
     return tree[0] in REGIONS and not is_equation or any(map(has_conditions, parts(tree)))
 
@@ -1160,6 +1162,7 @@ def equation(sides, signs, names):
 # Maths: the value of a tree
 
 
+GROWING = ("exp", "sinh", "cosh", "tanh")  # like a power
 # Of this thread: mp, mpmath with its own precision; left, what may still be worked out, numbers of
 # more digits counted more; needed, the bits of the numbers met; real, whether one that is not real
 # counts as undefined; log, the base of a log without one.
@@ -1212,14 +1215,16 @@ def value(tree, known):
 
 
 def bounded(number):
+    """A number that may be an exponent."""
     if abs(number) > MAX_EXPONENT:
         raise NotMath
     return number
 
 
 def power(base, exponent):
+    """A power; of a negative number and an odd root the real one."""
     if base.imag == 0 and base.real < 0 and exponent != WORK.mp.nint(exponent):
-        for n in (3, 5, 7, 9):  # the real root of a negative number
+        for n in (3, 5, 7, 9):
             odd = WORK.mp.nint(n * exponent)
             if same_number(n * exponent, odd):
                 return (-1) ** odd * (-base) ** exponent
@@ -1227,11 +1232,13 @@ def power(base, exponent):
 
 
 def rounded(x, to):
+    """Up or down to a whole number, which 2.999... is already."""
     near = WORK.mp.nint(x)
     return near if same_number(x, near) else to(x)
 
 
 def whole(x):
+    """A number as a small int from 0 on."""
     n = int(bounded(WORK.mp.nint(x.real)))
     if not same_number(x, n) or not 0 <= n <= MAX_WHOLE:
         raise NotMath
@@ -1476,7 +1483,8 @@ def variables(tree):
 
 
 def ends(tree, name, known):
-    """Where a set may end."""
+    """Where a set may end: an interval's ends, a finite set's elements, and where the sides of a
+    condition are equal."""
     if tree[0] == "inf":
         return []
     if tree[0] == "relation":
@@ -1551,6 +1559,7 @@ def bare_text(text):
 
 
 def same_answer(predicted, gold):
+    """Whether two answers without an option's letter are equal: as formulas, else as texts."""
     predicted, gold = respell(predicted), respell(gold)
     try:
         a, b = read(predicted), read(gold)

@@ -2687,6 +2687,9 @@ PAIRS = {
 }
 
 EXTRACTIONS = [
+    ("The answer is false.", "false"),
+    ("The answer is impossible.", "impossible"),
+    ("The answer is wrong, it is 5.", None),
     # the last box
     (r"The answer is \boxed{42}.", "42"),
     (r"\boxed{42}", "42"),

@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from verify import TAGS, ArgumentParser, begin_script, can_fail, check_above_0, is_test, last_box
+from verify import TAGS, ArgumentParser, begin_script, can_fail, is_test, last_box
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
     begin_script()
@@ -78,6 +78,10 @@ SYSTEM_PROMPTS = {
             "should think step-by-step."),
 }
 QWEN_DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+# Turns as Qwen2.5 writes them; chat templates are jinja2.
+CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n"
+          "{{ message.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 # What the recipe puts before a bare problem.
 MATH_PROMPT = "Return your final response within \\boxed{}. "
@@ -99,7 +103,7 @@ LOSS = {"loss": (True, False, None), "weight": (1, 0), "train": (True, False)}
 DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
 DATA_PATTERNS = [f"*{suffix}" for suffix in DATA_SUFFIXES]
 MAX_SEQ_LEN = 16384  # the recipe's
-CACHE_VERSION = 3  # part of the cache's key: raise it when what the cached files mean changes
+CACHE_VERSION = 4  # part of the cache's key: raise it when what the cached files mean changes
 
 
 # ---------------------------------------------------------------------- tokenizer and chat template
@@ -151,21 +155,30 @@ class Tokenizer:
                              "name an end token")
         return end
 
-    def save(self, folder):
-        """Writes copies of the own folder's files, or those of the built-in tokenizer."""
-        folder = Path(folder)
-        if self.folder is not None:
+    def save(self, folder, system=None):
+        """Writes copies of the own folder's files, or those of the built-in tokenizer. A `system`
+        prompt becomes the default system turn of the chat template (Qwen2.5's if it has none)."""
+        folder, template = Path(folder), self.template
+        if system is not None:
+            template = with_default_system(CHATML if template is None else template, system)
+        config_path = folder / "tokenizer_config.json"
+        if self.folder is None:
+            self.backend.save(str(folder / "tokenizer.json"))
+            config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_token,
+                      "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False}
+        else:
             for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                          "special_tokens_map.json", "vocab.json", "merges.txt",
                          "added_tokens.json"):
                 if (self.folder / name).is_file():
                     shutil.copyfile(self.folder / name, folder / name)
-            return
-        self.backend.save(str(folder / "tokenizer.json"))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_token,
-                  "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False,
-                  "chat_template": self.template}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+            if system is None:
+                return
+            config = json.loads(config_path.read_text()) if config_path.is_file() else {}
+            # programs differ in which of two templates they take: leave one
+            (folder / "chat_template.jinja").unlink(missing_ok=True)
+        config["chat_template"] = template
+        config_path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_tokenizer(model_dir):
@@ -212,10 +225,19 @@ def builtin_tokenizer():
     choice = recipe_prompt({"kind": "choice", "prompt": "".join(f"{c}) \n" for c in CHOICES)})
     backend.add_tokens([AddedToken(t, normalized=False) for t in
                         (*TAGS, MATH_PROMPT, CALL_PROMPT, choice.partition("A) ")[0])])
-    template = ("{% for message in messages %}<|im_start|>{{ message.role }}\n"
-                "{{ message.content }}<|im_end|>\n{% endfor %}"
-                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-    return Tokenizer(backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", template=template)
+    return Tokenizer(backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", template=CHATML)
+
+
+def with_default_system(template, system):
+    """The template with a first line that begins a conversation without a system turn with this
+    one, so that a default further down is never used; an earlier such line is replaced."""
+    before = ("{% if not messages or messages[0]['role'] != 'system' %}"
+              "{% set messages = [{'role': 'system', 'content': ")
+    if template.startswith(before):
+        template = template.partition("\n")[2]
+    # jinja reads JSON's strings, but for characters written as a pair of escapes
+    text = json.dumps(system, ensure_ascii=False)
+    return before + text + "}] + messages %}{% endif %}\n" + template
 
 
 @functools.lru_cache(maxsize=8)
@@ -234,22 +256,16 @@ def compiled_template(template):
 def render_chat(messages, add_generation_prompt=False, template=None, bos_token="", eos_token=""):
     """The text of a conversation by a template (jinja2 source), by default Qwen2.5-Instruct's with
     its default system turn. ValueError for messages or a template that cannot be rendered."""
-    if template is not None:
-        try:
-            return compiled_template(template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt,
-                bos_token=bos_token, eos_token=eos_token)
-        except Exception as error:  # a template is a program: whatever it raises
-            raise ValueError(f"the chat template fails on these messages: {error}") from None
-    if not messages:
-        raise ValueError("a conversation needs a message")
-    if messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": QWEN_DEFAULT_SYSTEM}, *messages]
-    for message in messages:
-        if message["role"] not in ("system", "user", "assistant"):
-            raise ValueError(f"unknown role {message['role']!r}: must be system, user or assistant")
-    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
-    return text + "<|im_start|>assistant\n" if add_generation_prompt else text
+    if template is None:
+        template = with_default_system(CHATML, QWEN_DEFAULT_SYSTEM)
+        if not messages or {m["role"] for m in messages} - {"system", "user", "assistant"}:
+            raise ValueError("a conversation is of messages of system, user and assistant")
+    try:
+        return compiled_template(template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt,
+            bos_token=bos_token, eos_token=eos_token)
+    except Exception as error:  # a template is a program: whatever it raises
+        raise ValueError(f"the chat template fails on these messages: {error}") from None
 
 
 def conversation_segments(tokenizer, messages, end_token=None):
@@ -620,11 +636,13 @@ def builtin_problems(split, count, seed=0):
 
 
 def builtin_rows(name):
-    """(row, number) of `builtin:worked` (step by step) or `builtin:bare` (the answers alone)."""
+    """(row, number) of `builtin:worked` (step by step) or `builtin:bare` (the answers alone). Half
+    of each family are asked with the recipe's instruction, half without, as one types in a chat."""
     kind, count = builtin_name(name, "worked", "bare", count=30_000)
     for number, problem in enumerate(builtin_problems("rows", count), 1):
         response = problem["solution" if kind == "worked" else "bare"]
-        yield {"messages": [{"role": "user", "content": recipe_prompt(problem)},
+        question = recipe_prompt(problem) if number % 2 else problem["prompt"]
+        yield {"messages": [{"role": "user", "content": question},
                             {"role": "assistant", "content": response}]}, number
 
 
@@ -988,6 +1006,7 @@ class TokenizedRows:
     kept: np.ndarray     # indices of the rows trained on
     counts: dict
     files: list
+    systems: list        # the system prompts (None: none) of all rows read; of several, two
     digest: str          # of content and settings
 
     def __len__(self):
@@ -1039,16 +1058,18 @@ def load_rows(names, tokenizer, max_seq_len, end_token=None, system="skyt1", as_
         rows = np.load(folder / "rows.npy")
         tokens = np.memmap(folder / "tokens.bin", np.uint32, "r")
         mask = np.memmap(folder / "mask.bin", np.uint8, "r")
+        systems = json.loads((folder / "systems.json").read_text())
         if not len(tokens) == len(mask) == rows[-1]["start"]:
             raise ValueError("its files do not fit together")
     except (OSError, ValueError, EOFError, IndexError) as error:
         raise ValueError(f"the token cache {folder} is damaged ({error}): "
                          "remove that folder") from None
     rows = rows[:-1]  # the last entry is the end of all
-    return select(tokens, mask, rows, [str(s) for s in sources], digest, max_seq_len, as_published)
+    files = [str(s) for s in sources]
+    return select(tokens, mask, rows, files, systems, digest, max_seq_len, as_published)
 
 
-def select(tokens, mask, rows, files, digest, max_seq_len, as_published):
+def select(tokens, mask, rows, files, systems, digest, max_seq_len, as_published):
     """Which rows are trained on, and what became of each of the others."""
     starts, ends = rows["start"], np.append(rows["start"][1:], len(tokens))
     duplicate = np.ones(len(rows), bool)
@@ -1067,18 +1088,43 @@ def select(tokens, mask, rows, files, digest, max_seq_len, as_published):
     counts = {"rows": len(rows)} | {name: int(which.sum()) for name, which in found.items()}
     if not counts["kept"]:
         raise ValueError(f"no row left to train on: {counts}. Raise --max_seq_len ({max_seq_len})?")
-    return TokenizedRows(tokens, mask, rows, ends, np.flatnonzero(kept), counts, files, digest)
+    return TokenizedRows(tokens, mask, rows, ends, np.flatnonzero(kept), counts, files, systems,
+                         digest)
 
 
-def check_against_model(args, config, tokenizer):
-    """Sets --max_seq_len where it was left out. ValueError if it is beyond the model's positions,
-    or if --end_token is not one token."""
-    if args.max_seq_len is None:
-        args.max_seq_len = min(MAX_SEQ_LEN, config.max_position_embeddings)
-    if args.max_seq_len > config.max_position_embeddings:
-        raise ValueError(f"--max_seq_len {args.max_seq_len} is beyond the "
-                         f"{config.max_position_embeddings} positions of {args.model}: lower it")
-    tokenizer.token_id(args.end_token or tokenizer.end_token)
+def load_input(args, weights=True):
+    """What --model and --data name: the model's folder, configuration and tokenizer, the tokens of
+    a packed row, the rows. Without weights only what describes the model is fetched."""
+    model_dir = find_model(args.model, weights)
+    config = Qwen2Config.from_pretrained(model_dir)
+    tokenizer = load_tokenizer(model_dir)
+    tokenizer.token_id(args.end_token or tokenizer.end_token)  # an error before all is tokenised
+    max_seq_len = resolve_max_seq_len(args.max_seq_len, config, args.model)
+    rows = rows_for_model(args.data, args, config, tokenizer, max_seq_len)
+    return model_dir, config, tokenizer, max_seq_len, rows
+
+
+def rows_for_model(names, args, config, tokenizer, max_seq_len):
+    """load_rows by the flags; ValueError for token ids that the model does not have."""
+    rows = load_rows(names, tokenizer, max_seq_len, args.end_token, args.system, args.as_published,
+                     args.cache, quiet=int(os.environ.get("RANK", 0)) != 0)
+    if rows.tokens.max() >= config.vocab_size:
+        raise ValueError(f"{', '.join(names)}: token id {rows.tokens.max()} is beyond the model's "
+                         f"vocabulary of {config.vocab_size}: is the tokenizer in {args.model} "
+                         "this model's?")
+    return rows
+
+
+def resolve_max_seq_len(max_seq_len, config, model_name):
+    """Tokens of a packed row: what was asked for, or the recipe's or the model's positions if
+    fewer. ValueError if it is beyond the model's positions."""
+    positions = config.max_position_embeddings
+    if max_seq_len is None:
+        return min(MAX_SEQ_LEN, positions)
+    if max_seq_len > positions:
+        raise ValueError(f"--max_seq_len {max_seq_len} is beyond the {positions} positions of "
+                         f"{model_name}: lower it")
+    return max_seq_len
 
 
 def content_digest(source):
@@ -1092,21 +1138,23 @@ def content_digest(source):
 
 
 def tokenize(sources, tokenizer, end_token, system, folder, quiet):
-    """Writes tokens.bin, mask.bin and rows.npy of all sources, in a folder beside that is then
+    """Writes the files that load_rows reads of all sources, in a folder beside that is then
     renamed: a cache is whole or absent. Rows are handled some hundred at a time, so memory does not
     grow with the data; tokenizers uses all cores."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + "."))
     try:
         with (open(aside / "tokens.bin", "wb") as tokens, open(aside / "mask.bin", "wb") as masks,
-              open(aside / "rows.npy", "wb") as index,
+              open(aside / "rows.npy", "wb") as index, open(aside / "systems.json", "w") as shared,
               tqdm(desc="tokenising", unit=" rows", disable=quiet or None) as bar):
-            rows, total = [], 0
+            rows, systems, total = [], [], 0
             segmented = segmented_rows(sources, tokenizer, end_token, system)
             while batch := list(itertools.islice(segmented, 256)):
                 encoded = iter(tokenizer.encode_batch([text for *_, segments in batch
                                                        for text, _ in segments]))
-                for file, line, segments in batch:
+                for file, line, row_system, segments in batch:
+                    if len(systems) < 2 and row_system not in systems:
+                        systems.append(row_system)
                     pieces = [next(encoded) for _ in segments]
                     ids = np.concatenate([np.array(p, np.uint32) for p in pieces])
                     mask = np.repeat(np.array([is_target for _, is_target in segments], np.uint8),
@@ -1118,7 +1166,8 @@ def tokenize(sources, tokenizer, end_token, system, folder, quiet):
                     total += len(ids)
                 bar.update(len(batch))
             np.save(index, np.array(rows + [(total, -1, -1, 0)], ROW))
-            for file in (tokens, masks, index):
+            json.dump(systems, shared)
+            for file in (tokens, masks, index, shared):
                 file.flush()
                 os.fsync(file.fileno())
         os.rename(aside, folder)
@@ -1134,15 +1183,17 @@ def tokenize(sources, tokenizer, end_token, system, folder, quiet):
 
 
 def segmented_rows(sources, tokenizer, end_token, system):
-    """Yields (file number, line, segments) of each row."""
+    """Yields (file number, line, system prompt or None, segments) of each row."""
     for file, source in enumerate(sources):
         read = read_rows if isinstance(source, Path) else builtin_rows
         for row, line in read(source):
             try:
-                segments = conversation_segments(tokenizer, to_messages(row, system), end_token)
+                messages = to_messages(row, system)
+                segments = conversation_segments(tokenizer, messages, end_token)
             except ValueError as error:
                 raise ValueError(f"{source}:{line}: {error}") from None
-            yield file, line, segments
+            first = messages[0]
+            yield file, line, first["content"] if first["role"] == "system" else None, segments
 
 
 # ------------------------------------------------------------------------------------------ packing
@@ -1159,40 +1210,30 @@ def batch_indices(count, batch_size, seed, step):
 
 
 def pack(lengths, costs, max_seq_len, num_ranks):
-    """Packs the documents of a batch into rows: [micro_step][rank] -> list of document numbers.
-
-    All ranks meet at every micro-step, so a batch takes as long as the sum of each micro-step's
-    dearest row. There are as few micro-steps as best-fit packing allows; the longest documents are
-    dealt out first, each to the cheapest row with room; rows of like cost share a micro-step; then
-    documents are exchanged as long as that makes a dearest row cheaper.
-    """
+    """The row of each document of a batch, (documents,): row r is for rank r % num_ranks in
+    micro-step r // num_ranks; rows may stay empty. All ranks meet at every micro-step, so a batch
+    takes as long as the sum of each micro-step's slowest row. There are as few micro-steps as
+    best-fit packing allows; the longest documents are placed first; rows of like cost share a
+    micro-step; then documents move or change places while that makes a slowest row faster."""
     lengths, costs = np.asarray(lengths), np.asarray(costs, float)
     assert lengths.max() <= max_seq_len, f"{lengths.max()} tokens in rows of {max_seq_len}"
-    order = np.argsort(-lengths, kind="stable")
-    tight = best_fit(order, lengths, max_seq_len)
+    # where length is a gain, the cheapest row is the fullest: best fit
+    tight = longest_first(lengths, -lengths, max_seq_len, len(lengths))
     num_rows = -(-(tight.max() + 1) // num_ranks) * num_ranks
-    row_of = deal(order, lengths, costs, max_seq_len, num_rows)
+    row_of = longest_first(lengths, costs, max_seq_len, num_rows)
     row_of = tight if row_of is None else row_of  # no slack: the tight packing is the start
     by_cost = np.argsort(-np.bincount(row_of, costs, num_rows), kind="stable")
-    row_of = np.argsort(by_cost)[row_of]  # row r belongs to micro-step r // num_ranks
-    exchange(row_of, lengths, costs, max_seq_len, num_rows, num_ranks)
-    rows = [np.flatnonzero(row_of == r).tolist() for r in range(num_rows)]
-    return [rows[i:i + num_ranks] for i in range(0, num_rows, num_ranks)]
+    row_of = np.argsort(by_cost)[row_of]
+    return local_search(row_of, lengths, costs, max_seq_len, num_rows, num_ranks)
 
 
-def best_fit(order, lengths, capacity):
-    """The row of each document if each in turn goes to the fullest with room, or to a new one."""
-    row_of, room = np.zeros(len(order), int), np.full(len(order), capacity)  # new ones come last
-    for i in order:
-        row_of[i] = np.where(room >= lengths[i], room, np.inf).argmin()
-        room[row_of[i]] -= lengths[i]
-    return row_of
-
-
-def deal(order, lengths, costs, capacity, num_rows):
-    """As best_fit, but to the cheapest of num_rows rows; None where a document finds no room."""
-    row_of, room, cost = np.zeros(len(order), int), np.full(num_rows, capacity), np.zeros(num_rows)
-    for i in order:
+def longest_first(lengths, costs, capacity, num_rows):
+    """The row of each document if each in turn, the longest first, goes to the cheapest row with
+    room; None where one finds none. That is the rule "longest processing time first" (R. L. Graham,
+    1969): what comes late is short, and evens out what the long ones left uneven."""
+    row_of = np.zeros(len(lengths), int)
+    cost, room = np.zeros(num_rows), np.full(num_rows, capacity)
+    for i in np.argsort(-lengths, kind="stable"):
         row = np.where(room >= lengths[i], cost, np.inf).argmin()
         if room[row] < lengths[i]:
             return None
@@ -1202,46 +1243,62 @@ def deal(order, lengths, costs, capacity, num_rows):
     return row_of
 
 
-def exchange(row_of, lengths, costs, capacity, num_rows, num_ranks, tolerance=1.005, rounds=200):
-    """Improves row_of in place: swaps a document of a micro-step's dearest row for one (or none) of
-    another row, the best such swap each time, until all micro-steps are even or nothing helps."""
-    step_of = np.arange(num_rows) // num_ranks
+def local_search(row_of, lengths, costs, capacity, num_rows, num_ranks, tolerance=1.005,
+                 rounds=200):
+    """A better row_of: swaps a document of a micro-step's slowest row for one (or none) of another
+    row, the best such swap each time, until all micro-steps are even or nothing helps."""
+    num_documents, step_of = len(row_of), np.arange(num_rows) // num_ranks
     # what may come back: every document, and for every row "none", of no length and no cost
     lengths, costs = np.append(lengths, [0] * num_rows), np.append(costs, [0.0] * num_rows)
-    row_of_all = np.append(row_of, np.arange(num_rows))
+    row_of = np.append(row_of, np.arange(num_rows))
     for _ in range(rounds):
         improved = False
         for step in range(num_rows // num_ranks):
-            row_cost = np.bincount(row_of_all, costs, num_rows)
-            room = capacity - np.bincount(row_of_all, lengths, num_rows)
-            dearest = row_cost.reshape(-1, num_ranks).max(1)  # of each micro-step
-            row = step * num_ranks + row_cost[step * num_ranks:(step + 1) * num_ranks].argmax()
-            if row_cost[row] <= tolerance * row_cost[step_of == step].mean():
+            row_cost = np.bincount(row_of, costs, num_rows)
+            room = capacity - np.bincount(row_of, lengths, num_rows)
+            by_step = row_cost.reshape(-1, num_ranks)  # (micro-steps, ranks)
+            slowest = by_step.max(1)
+            row = step * num_ranks + by_step[step].argmax()
+            if slowest[step] <= tolerance * by_step[step].mean():
                 continue
-            mine = np.flatnonzero(row_of_all[:len(row_of)] == row)[:, None]  # (row's documents, 1)
-            other_row = row_of_all[None]  # (1, candidates)
-            gain, growth = costs[mine] - costs[None], lengths[mine] - lengths[None]
-            after, other_after = row_cost[row] - gain, row_cost[other_row] + gain
-            here = step_of[other_row] == step
+            mine = np.flatnonzero(row_of[:num_documents] == row)[:, None]  # (row's documents, 1)
+            gain, growth = costs[mine] - costs, lengths[mine] - lengths  # (row's, candidates)
+            after, other_after = slowest[step] - gain, row_cost[row_of] + gain
+            here = step_of[row_of] == step
             worst = np.where(here, np.maximum(after, other_after), after)
-            allowed = (other_row != row) & (growth <= room[other_row]) & (-growth <= room[row])
-            allowed &= here | (other_after <= dearest[step_of[other_row]])
+            allowed = (row_of != row) & (growth <= room[row_of]) & (-growth <= room[row])
+            allowed &= here | (other_after <= slowest[step_of[row_of]])
             worst = np.where(allowed, worst, np.inf)
             i, j = np.unravel_index(worst.argmin(), worst.shape)
-            if worst[i, j] < row_cost[row] * (1 - 1e-4):
-                row_of_all[mine[i, 0]] = row_of_all[j]
-                if j < len(row_of):
-                    row_of_all[j] = row
+            if worst[i, j] < slowest[step] * (1 - 1e-4):
+                row_of[mine[i]] = row_of[j]
+                if j < num_documents:
+                    row_of[j] = row
                 improved = True
         if not improved:
             break
-    row_of[:] = row_of_all[:len(row_of)]
+    return row_of[:num_documents]
 
 
-def imbalance(packed, costs):
+def imbalance(row_of, costs, num_ranks):
     """Time a packed batch takes over the time it would take evenly spread: 1 is perfect."""
-    costs = [[sum(costs[i] for i in row) for row in rows] for rows in packed]
-    return sum(map(max, costs)) * len(costs[0]) / sum(map(sum, costs))
+    steps = row_of.max() // num_ranks + 1
+    by_step = np.bincount(row_of, costs, steps * num_ranks).reshape(steps, num_ranks)
+    return by_step.max(1).sum() * num_ranks / by_step.sum()
+
+
+def packing(lengths, costs, batches, max_seq_len, num_ranks):
+    """How batches (arrays of row numbers) are packed: mean number of micro-steps and imbalance, and
+    what share of the packed rows they fill."""
+    micro_steps, imbalances, tokens = [], [], 0
+    for batch in batches:
+        row_of = pack(lengths[batch], costs[batch], max_seq_len, num_ranks)
+        micro_steps.append(row_of.max() // num_ranks + 1)
+        imbalances.append(imbalance(row_of, costs[batch], num_ranks))
+        tokens += lengths[batch].sum()
+    room = sum(micro_steps) * num_ranks * max_seq_len
+    return {"micro_steps": np.mean(micro_steps), "imbalance": np.mean(imbalances),
+            "filled": tokens / room}
 
 
 def assemble(rows, documents):
@@ -1358,20 +1415,16 @@ def coloured(tokenizer, tokens, mask, limit=400):
         yield f"\033[{32 if mask[span[0]] else 90}m{text}\033[0m"
 
 
-def print_packing(rows, config, args):
+def print_packing(rows, config, args, max_seq_len):
     """How the first batches of an epoch would be packed."""
-    lengths, used, steps, excess = rows.lengths, 0, 0, []
-    costs = np.array([config.train_flops(n) for n in lengths])
-    for step in range(min(20, -(-len(rows) // args.batch_size))):
-        batch = batch_indices(len(rows), args.batch_size, args.seed, step)
-        packed = pack(lengths[batch], costs[batch], args.max_seq_len, args.num_ranks)
-        used += lengths[batch].sum()
-        steps += len(packed)
-        excess.append(imbalance(packed, costs[batch]))
-    room = steps * args.num_ranks * args.max_seq_len
-    print(f"packing on {args.num_ranks} ranks ({len(excess)} batches of {args.batch_size}): "
-          f"{steps / len(excess):.1f} micro-steps a batch, rows of {args.max_seq_len:,} filled "
-          f"{used / room:.1%} (no padding is computed), cost max/mean {np.mean(excess):.3f}")
+    costs = config.train_flops(rows.lengths.astype(float))
+    batches = [batch_indices(len(rows), args.batch_size, args.seed, step)
+               for step in range(min(20, -(-len(rows) // args.batch_size)))]
+    packed = packing(rows.lengths, costs, batches, max_seq_len, args.num_ranks)
+    print(f"packing on {args.num_ranks} ranks ({len(batches)} batches of {args.batch_size}): "
+          f"{packed['micro_steps']:.1f} micro-steps a batch, rows of {max_seq_len:,} filled "
+          f"{packed['filled']:.1%} (no padding is computed), cost max/mean "
+          f"{packed['imbalance']:.3f}")
 
 
 def lock(file, name):
@@ -1387,6 +1440,18 @@ def lock(file, name):
     except OSError as error:
         print(f"warning: {name} cannot be locked ({error.strerror}): let no other run write there",
               file=sys.stderr)
+
+
+def cpu_multiplies_bf16():
+    """Whether this CPU has instructions for products of bf16. oneDNN says so from AVX-512 on, where
+    it merely converts without AVX512_BF16 or AMX; where it has no kernels, PyTorch converts number
+    by number, which takes 4 to 16 times as long as float32."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and (
+        torch.cpu._is_avx512_bf16_supported()
+        or torch.cpu._is_amx_tile_supported()
+        or not torch.cpu._is_avx512_supported())
 
 
 def own_device():
@@ -1466,13 +1531,13 @@ def main():
     add("--decontaminate", "rows to copy to --out, but those that share words with a problem of "
         "--against", nargs="+", type="path")
     add("--against", "problems that must not be trained on", nargs="+", type="path")
-    add("--ngram", "words in a row that are shared", type=int, default=8)
+    add("--ngram", "words in a row that are shared", type="count", default=8)
     add("--out", "the file of --decontaminate", type="path")
     add("--model", "folder, hub name or builtin:tiny: tokenizer and context length", type="path")
     add("--max_seq_len", f"tokens of a packed row ({MAX_SEQ_LEN}, or the model's positions if "
-        "fewer)", type=int)
-    add("--batch_size", "examples of one optimizer step", type=int, default=96)
-    add("--num_ranks", "GPUs to plan the packing for", type=int, default=8)
+        "fewer)", type="count")
+    add("--batch_size", "examples of one optimizer step", type="count", default=96)
+    add("--num_ranks", "GPUs to plan the packing for", type="count", default=8)
     add("--seed", "of the order", type=int, default=42)
     add("--end_token", "end of an assistant's turn, instead of the template's")
     add("--system", "system prompt of kept samples: skyt1, qwq, none, or a text", default="skyt1")
@@ -1480,7 +1545,6 @@ def main():
     add("--cache", "folder of the token cache (default: ~/.cache/sky-t1)", type="path")
     add("--row", "the kept row to show", type=int, default=0)
     args = parser.parse_args()
-    check_above_0(args, "max_seq_len", "batch_size", "num_ranks", "ngram")
     if args.decontaminate:
         if not args.against or not args.out:
             raise ValueError("--decontaminate wants --against and --out")
@@ -1488,11 +1552,7 @@ def main():
         return
     if not args.data or not args.model:
         raise ValueError("name the data, and the --model whose tokenizer reads it")
-    model_dir = find_model(args.model, weights=False)
-    tokenizer, config = load_tokenizer(model_dir), Qwen2Config.from_pretrained(model_dir)
-    check_against_model(args, config, tokenizer)
-    rows = load_rows(args.data, tokenizer, args.max_seq_len, args.end_token, args.system,
-                     args.as_published, args.cache)
+    _, config, tokenizer, max_seq_len, rows = load_input(args, weights=False)
     if not 0 <= args.row < len(rows):
         raise ValueError(f"--row {args.row}: the rows kept are 0 to {len(rows) - 1}")
     print("  ".join(f"{name}: {count:,}" for name, count in rows.counts.items()))
@@ -1501,7 +1561,7 @@ def main():
           f"mean {lengths.mean():,.0f}, median {np.median(lengths):,.0f}, "
           f"longest {lengths.max():,}")
     print("\n".join(histogram(lengths)))
-    print_packing(rows, config, args)
+    print_packing(rows, config, args, max_seq_len)
     print(f"\nrow {args.row} ({rows.where(args.row)}), targets in green:")
     print("".join(coloured(tokenizer, *rows[args.row])))
 

@@ -44,8 +44,8 @@ from tqdm import tqdm
 
 import data
 from data import TAGS
-from model import (KeyValueCache, Qwen2, Qwen2Config, checked_files, cpu_multiplies_bf16,
-                   rotate, stored_tensor, write_durably)
+from model import (KVCache, Qwen2, Qwen2Config, atomic_write, check_weights,
+                   rotate)
 
 SLOTS = {"cpu": 16, "cuda": 64}     # rows of a batch, where memory has room for so many
 INTERVAL = {"cpu": 1, "cuda": 16}   # steps between looks at the tokens: on CUDA each look waits
@@ -200,8 +200,8 @@ class Engine:
         self.interval = INTERVAL[self.device.type]
         self.compact = self.device.type == "cpu" and parameter.dtype == torch.float32
         cells = cells_of(length, self.device.type)
-        self.cache = KeyValueCache(model.config, num_slots, cells, parameter.dtype, self.device,
-                                   getattr(model, "num_key_value_heads", None))
+        self.cache = KVCache(model.config, num_slots, cells, parameter.dtype, self.device,
+                             getattr(model, "num_key_value_heads", None))
         self.rows = [None] * num_slots       # the requests
         self.prompts = [None] * num_slots    # what a slot's cache begins with, and its logits
         self.input_ids, self.positions, self.keys, self.counts, self.live = (
@@ -283,7 +283,7 @@ class Engine:
         if reason:
             self.rows[slot] = None
             if not self.compact:  # the row steps on in the cache's last cell, which no row reads
-                self.live[slot], self.positions[slot] = 0, self.cache.k.shape[3] - 1
+                self.live[slot], self.positions[slot] = 0, self.cache.length - 1
             yield request, reason
 
     def steps(self, active):
@@ -294,7 +294,7 @@ class Engine:
         B = max(active) + 1 if self.compact else len(self.rows)
         longest = max(len(self.rows[slot].prompt) + len(self.rows[slot].tokens) for slot in active)
         multiple = LENGTH_STEP[self.device.type]
-        length = min(-(-(longest + n) // multiple) * multiple, self.cache.k.shape[3])
+        length = min(-(-(longest + n) // multiple) * multiple, self.cache.length)
         step = (self.captured(B, length) if self.device.type == "cuda"
                 else lambda: self.step(B, length))
         history = []
@@ -447,6 +447,29 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0
     return answers
 
 
+@dataclass
+class HeldOutAnswer:
+    """What a model said to a problem of the built-in tasks, and how a right answer ends."""
+    asked: str
+    text: str
+    expected: str
+
+    @property
+    def is_right(self):
+        return self.text.endswith(self.expected)
+
+
+def answer_heldout(model, tokenizer, stop_ids, count):
+    """Greedy answers to problems of the built-in tasks that no training row has."""
+    problems = list(data.builtin_problems("heldout", count))
+    chats = [messages_of(problem, "none") for problem in problems]
+    prompts = [tokenizer.encode(tokenizer.render(chat, add_generation_prompt=True))
+               for chat in chats]
+    answers = generate(model, prompts, 160, stop_ids=stop_ids)
+    return [HeldOutAnswer(chat[-1]["content"], tokenizer.decode(ids), problem["bare"])
+            for chat, ids, problem in zip(chats, answers, problems)]
+
+
 # -------------------------------------------------------------------- changing the model's products
 
 def computed_in(dtype, config, device, slots):
@@ -454,7 +477,7 @@ def computed_in(dtype, config, device, slots):
     slowly (one row waits for memory anyway), for models of less than a quarter of its memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     memory /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    slow = dtype == "bfloat16" and device == "cpu" and slots > 1 and not cpu_multiplies_bf16()
+    slow = dtype == "bfloat16" and device == "cpu" and slots > 1 and not data.cpu_multiplies_bf16()
     fits = slow and 4 * weight_bytes(config, torch.float32, device) < memory
     return "float32" if fits else dtype
 
@@ -481,7 +504,7 @@ def fuse(model, compiles=False):
     torch.compile what a block computes beside its attention, which writes into the cache."""
     parameter = next(model.parameters())
     packs = (parameter.device.type == "cpu" and torch.backends.mkldnn.is_available()
-             and (parameter.dtype == torch.float32 or cpu_multiplies_bf16()) and not compiles)
+             and (parameter.dtype == torch.float32 or data.cpu_multiplies_bf16()) and not compiles)
 
     def join(*layers):
         sizes, joined = [len(layer.weight) for layer in layers], {}
@@ -506,17 +529,21 @@ def fuse(model, compiles=False):
             return qk[:, :-Hkv], qk[:, -Hkv:], qkv[:, -Hkv:]
         return heads
 
-    def gate_and_up(mlp):
+    def swiglu_of(mlp):
         product = join(mlp.gate_proj, mlp.up_proj)
-        return lambda x: product(x).chunk(2, dim=-1)
+
+        def swiglu(x):
+            gate, up = product(x).chunk(2, dim=-1)
+            return mlp.down_proj(F.silu(gate) * up)
+        return swiglu
     for block in model.model.layers:
-        block.self_attn.heads, block.mlp.project = heads_of(block.self_attn), gate_and_up(block.mlp)
+        block.self_attn.heads, block.mlp.forward = heads_of(block.self_attn), swiglu_of(block.mlp)
         for module, name in ((block.self_attn, "o_proj"), (block.mlp, "down_proj")):
             if packs and type(getattr(module, name)) is torch.nn.Linear:
                 setattr(module, name, Packed(getattr(module, name).weight))
         if compiles:
-            block.self_attn.heads, block.transform = (
-                torch.compile(part) for part in (block.self_attn.heads, block.transform))
+            block.self_attn.heads, block.feed_forward = (
+                torch.compile(part) for part in (block.self_attn.heads, block.feed_forward))
     if packs:
         head = model.lm_head.weight
         head = Packed(model.model.embed_tokens.weight if head is None else head)
@@ -548,16 +575,15 @@ def load_split(model_dir, dtype, device, rank, world_size):
                              f"{getattr(config, name)}")
     with torch.device("meta"):
         model = Qwen2(config).to(dtype)
-    files = checked_files(model, model_dir)
+    stored = check_weights(model, model_dir)
     for name, parameter in list(model.named_parameters()):
         axis = (1 if name.endswith(("o_proj.weight", "down_proj.weight"))
                 else 0 if re.search(r"(q|k|v|gate|up)_proj\.", name) else None)
-        source = stored_tensor(files[name], name, parameter.shape)
         index = [slice(None)] * parameter.ndim
         if axis is not None:
             part = parameter.shape[axis] // world_size
             index[axis] = slice(rank * part, (rank + 1) * part)
-        value = source[tuple(index)].to(device, dtype)
+        value = stored[name][tuple(index)].to(device, dtype)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, torch.nn.Parameter(value, requires_grad=False))
     for block in model.model.layers:
@@ -641,7 +667,7 @@ class SampleFile:
             return
         rows = {sample_key(row): row for path in (self.path, *parts) for row in self.read(path)}
         keys = dict.fromkeys(key for key in (*(order or ()), *rows) if key in rows)
-        write_durably(self.path, (line_of(rows[key]).encode() for key in keys))
+        atomic_write(self.path, (line_of(rows[key]).encode() for key in keys))
         for part in parts:
             part.unlink()
 
@@ -1171,8 +1197,8 @@ def parse_arguments():
     add("--endpoint", "instead of --model: URL of a server of OpenAI's kind, such as "
                       "http://localhost:8000/v1; key in OPENAI_API_KEY")
     add("--endpoint_model", "the model's name there")
-    add("--concurrency", "requests at a time", type=int, default=32)
-    add("--timeout", "seconds for one of them", type=float, default=600)
+    add("--concurrency", "requests at a time", type="count", default=32)
+    add("--timeout", "seconds for one of them", type="positive", default=600)
     add("--rewrite", "samples to split into thought and solution", type="path")
     add("--rewriter", "rule: without a model", default="model", choices=("model", "rule"))
     add("--label_difficulty", "only grade the --problems, from 1 to 10", action="store_true")
@@ -1182,8 +1208,8 @@ def parse_arguments():
                       + ", ".join(data.EVALUATIONS), nargs="+", type="path")
     add("--out", "the samples, a JSON object a line; goes on where it stopped",
         default="samples.jsonl", type="path")
-    add("--n", "samples of each problem (1, or the benchmark's own number)", type=int)
-    add("--limit", "only so many problems, the first", type=int)
+    add("--n", "samples of each problem (1, or the benchmark's own number)", type="count")
+    add("--limit", "only so many problems, the first", type="count")
     add("--prompt", "answer this once, and end")
     add("--system", "skyt1, qwq, none, or a text (skyt1 for problems, none for a chat)")
     add("--temperature", "0: the most likely token (0.7, or the benchmark's own)", type=float)
@@ -1191,21 +1217,19 @@ def parse_arguments():
     add("--top_k", "only so many of the most likely tokens; 0: all", type=int, default=0)
     add("--repetition_penalty", "makes earlier tokens less likely", type=float, default=1.0)
     add("--seed", "of the random streams", type=int, default=0)
-    add("--max_new_tokens", "longest answer (16384, or 3/4 of the model's positions)", type=int)
+    add("--max_new_tokens", "longest answer (16384, or 3/4 of the model's positions)", type="count")
     add("--stop", "texts that end an answer", nargs="*", default=[])
-    add("--min_think", "a thought of fewer tokens goes on with Wait", type=int)
-    add("--max_think", "a thought of so many tokens is ended", type=int)
-    add("--max_batch_tokens", "tokens of the key/value cache (what memory allows)", type=int)
-    add("--max_slots", "answers at a time (16 on a CPU, 64 on CUDA)", type=int)
+    add("--min_think", "a thought of fewer tokens goes on with Wait", type="count")
+    add("--max_think", "a thought of so many tokens is ended", type="count")
+    add("--max_batch_tokens", "tokens of the key/value cache (what memory allows)", type="count")
+    add("--max_slots", "answers at a time (16 on a CPU, 64 on CUDA)", type="count")
     add("--dtype", "(bfloat16 on CUDA, float32 on a CPU, and there for a bfloat16 that is slow)",
         choices=("float32", "bfloat16"))
     add("--compile", "torch.compile the blocks (for GPUs)", action="store_true")
-    add("--tensor_parallel", "ranks that share one model", type=int, default=1)
+    add("--tensor_parallel", "ranks that share one model", type="count", default=1)
     args = parser.parse_args()
     check_combination(args)
     benchmark_defaults(args)
-    data.check_above_0(args, "n", "limit", "max_new_tokens", "max_batch_tokens", "max_slots",
-                       "tensor_parallel", "min_think", "max_think", "concurrency", "timeout")
     Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty)  # checks them
     return args
 
@@ -1309,7 +1333,7 @@ def rewrite_by_rule(args):
     if out.exists() and out.read_text(encoding="utf-8") != text:
         raise ValueError(f"{args.out} holds something else: name another --out, or delete it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(out, [text.encode()])
+    atomic_write(out, [text.encode()])
     print(f"{args.out}: {len(rows):,} rows")
 
 

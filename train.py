@@ -11,24 +11,31 @@ parameter over the ranks), one or two whole blocks in bf16 while they compute, a
 of one packed row. A step takes `--batch_size` examples however many ranks there are: it sums their
 token losses and divides once, by the batch's target tokens.
 
+In this file: the flags; main, with the loop; then what main calls, in its order: processes, the
+sharded model, the parts of a step, checkpoints, settings, output folder, what a run tells; and last
+--plan, which predicts memory and cost. A row is one example of the data; a packed row is several of
+them, one after the other, that one rank computes in one micro-step.
+
 Sources: the recipe of Sky-T1 (novasky-ai.github.io/posts/sky-t1); transformers' cosine schedule;
 AdamW (arXiv 1711.05101); FSDP (2304.11277). Limits: data parallel only.
 """
+import argparse
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import math
 import os
-import pickle
 import re
 import resource
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -45,6 +52,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy,
                                     OffloadPolicy, fully_shard)
@@ -52,107 +60,223 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import data
-from model import (BUILTIN, LOSS_CHUNK, MLP_TILE, Qwen2, Qwen2Config, cpu_multiplies_bf16,
-                   init_weights, load_weights, sync_folder, write_durably)
+from model import (BUILTIN, LOSS_CHUNK, MLP_TILE, Qwen2, atomic_write, barrier,
+                   check_weights, init_weights, load_weights, sync, write_json)
+from sample import answer_heldout
 
-BUILTIN_DEFAULTS = dict(data=["builtin:worked"], num_train_epochs=1, max_steps=500, batch_size=32,
-                        learning_rate=2e-3, dtype="float32", system="none", save_steps=100)
-# By what the device's name contains: dense bf16 TFLOP/s and GB/s one way to its neighbours (NVLink,
-# else PCIe) of NVIDIA's data sheets; {GB in its name: GiB that PyTorch's out-of-memory errors say}.
-GPUS = {"H100 PCIe": (756, 64, {80: 79.1}), "H100": (989, 450, {80: 79.2}),
-        "H200": (989, 450, {141: 139.8}), "H20": (148, 450, {96: 95.1}),
-        "GH200": (989, 450, {96: 94.5}), "B200": (2250, 900, {180: 178.4}),
-        "A100": (312, 300, {80: 79.2, 40: 39.4}), "A800": (312, 200, {80: 79.2}),
-        "L40S": (362, 32, {48: 44.5}), "L40": (181, 32, {48: 44.4}), "A10G": (70, 32, {24: 22.1}),
-        "A10": (125, 32, {24: 22.1}), "4090": (165, 32, {24: 23.6}), "3090": (71, 32, {24: 23.6}),
-        "5090": (210, 64, {32: 31.4})}
-NETWORK = 50  # GB/s a GPU between nodes: 400 Gb/s for each, as in a DGX H100
+RECIPE = dict(data=["NovaSky-AI/Sky-T1_data_17k"], num_train_epochs=3, max_steps=0, batch_size=96,
+              learning_rate=1e-5, dtype="bfloat16", system="skyt1")
+BUILTIN_RECIPE = dict(data=["builtin:worked"], num_train_epochs=1, max_steps=500, batch_size=32,
+                      learning_rate=2e-3, dtype="float32", system="none")
 # By preference; none holds T x T scores. Flash needs no plan for each length, as cuDNN does.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-# Sky-T1's post; the work of 17,000 rows of 4,500 tokens in 32B, three times
-PUBLISHED = {"gpu_hours": 152, "flops": 4.6e19}
-# What a choice of recompute and offload may fill; the rest is the allocator's and the libraries'.
-MEMORY_SHARE = {"cuda": 0.88, "cpu": 0.5}
 
 
 # ------------------------------------------------------------------------------------- command line
 
 def parse_arguments():
-    """The flags, with the recipe's defaults or the built-in model's."""
-    its_own = "\n    ".join(f"{k} {v}" for k, v in BUILTIN_DEFAULTS.items())
+    """The flags; those not given have the recipe's values, or the built-in model's own."""
+    its_own = "\n    ".join(f"{name} {value}" for name, value in BUILTIN_RECIPE.items())
     parser = data.ArgumentParser(
         description="Fine-tunes a Qwen2. The defaults are the recipe of Sky-T1-32B-Preview;\n"
                     f"builtin:tiny has its own:\n    {its_own}")
-    add = parser.add
+
+    def add(name, help, **options):
+        recipe = RECIPE.get(name.removeprefix("--"))
+        parser.add(name, help if recipe is None else f"{help} (default: {recipe})", **options)
     add("--model", "folder in Hugging Face layout, hub name, or builtin:tiny",
         default="builtin:tiny", type="path")
-    add("--data", "files, hub data sets, builtin:worked, builtin:bare", nargs="+", type="path",
-        default=["NovaSky-AI/Sky-T1_data_17k"])
+    add("--data", "files, hub data sets, builtin:worked, builtin:bare", nargs="+", type="path")
     add("--eval_data", "held-out rows: their loss is measured at each save", nargs="+",
         type="path")
     add("--out", "output folder, then itself a --model (default: a fresh one under out/)",
         type="path")
     add("--resume", "continue the run in --out from its newest checkpoint", action="store_true")
-    add("--num_train_epochs", "passes over the data", type=int, default=3)
-    add("--max_steps", "length of the run in steps, instead of epochs; 0: epochs", type=int,
-        default=0)
-    add("--batch_size", "examples of one step, whatever the number of GPUs", type=int, default=96)
-    add("--learning_rate", "its peak", type=float, default=1e-5)
-    add("--warmup_ratio", "share of the steps in which it rises; then a cosine to 0", type=float,
+    add("--num_train_epochs", "passes over the data", type="count")
+    add("--max_steps", "length of the run in steps, instead of epochs; 0: epochs", type="whole")
+    add("--batch_size", "examples of one step, whatever the number of GPUs", type="count")
+    add("--learning_rate", "its peak", type="positive")
+    add("--warmup_ratio", "share of the steps in which it rises; then a cosine to 0", type="share",
         default=0.1)
-    add("--max_grad_norm", "gradients are clipped to this norm", type=float, default=1.0)
+    add("--max_grad_norm", "gradients are clipped to this norm", type="positive", default=1.0)
     add("--max_seq_len", "tokens of a packed row; longer examples are dropped and counted "
-        f"(default: {data.MAX_SEQ_LEN}, or the model's positions if fewer)", type=int)
+        f"(default: {data.MAX_SEQ_LEN}, or the model's positions if fewer)", type="count")
     add("--as_published", "the original's data: duplicates kept, long rows truncated, "
         "<|endoftext|>", action="store_true")
     add("--end_token", "end of an assistant's turn (default: the chat template's)")
-    add("--system", "system prompt of kept samples: skyt1, qwq, none, or a text", default="skyt1")
+    add("--system", "system prompt of kept samples: skyt1, qwq, none, or a text")
     add("--dtype", "of exported weights and of matrix products (float32 where a CPU lacks bf16)",
-        choices=["bfloat16", "float32"], default="bfloat16")
-    add("--seed", "of the order of the data (and of builtin:tiny's weights)", type=int, default=42)
+        choices=["bfloat16", "float32"])
+    add("--seed", "of the order of the data (and of builtin:tiny's weights)", type="seed",
+        default=42)
     add("--deterministic", "the same bits on each run on a GPU too, slower", action="store_true")
-    add("--recompute", "activations computed again in the backward pass: none; block: all but a "
-        f"block's input; tiled: and the MLP {MLP_TILE} tokens at a time; auto: the first that fits",
+    add("--recompute", "activation checkpointing: none; block: all but a block's input is computed "
+        f"again; tiled: and the MLP {MLP_TILE} tokens at a time; auto: the first that fits",
         choices=["auto", "none", "block", "tiled"], default="auto")
     add("--offload", "to host memory: recomputation's inputs, or parameters and optimizer too; "
         "auto: what must", choices=["auto", "none", "activations", "parameters"], default="auto")
     add("--shard_size", "GPUs that share one copy of the model, such as those of a node; 0: all",
-        type=int, default=0)
+        type="whole", default=0)
     add("--compile", "torch.compile each block (for GPUs)", action="store_true")
-    add("--save_steps", "steps from checkpoint to checkpoint", type=int, default=100)
-    add("--keep_checkpoints", "newest checkpoints kept", type=int, default=2)
+    add("--save_steps", "steps from checkpoint to checkpoint", type="count", default=100)
+    add("--keep_checkpoints", "newest checkpoints kept", type="count", default=2)
     add("--cache", "folder of the tokenised rows (default: ~/.cache/sky-t1)", type="path")
-    add("--dollars_per_gpu_hour", "what the progress bar, run.json and --plan count with",
-        type=float, default=2.96)
+    add("--dollars_per_gpu_hour", "what run.json and --plan count with (default: 2.96 on an H100)",
+        type="positive")
     add("--plan", "only print what the run would need on 8xH100, 2x8xH200 or A100-40GB: memory, "
         "hours, dollars", metavar="GPUS")
-    add("--mfu", "share of the GPUs' peak that --plan counts with", type=float, default=0.35)
-    if parser.parse_known_args()[0].model in BUILTIN:
-        parser.set_defaults(**BUILTIN_DEFAULTS)
-        if any(flag.startswith("--num_train_epochs") for flag in sys.argv):
-            parser.set_defaults(max_steps=0)  # else they would cut the epochs short
-    args = parser.parse_args()
-    check_arguments(args)
-    args.end_token = args.end_token or ("<|endoftext|>" if args.as_published else None)
-    args.products = args.dtype
-    return args
-
-
-def check_arguments(args):
-    """ValueError for a value out of range and for flags that contradict each other."""
-    data.check_above_0(args, "num_train_epochs", "batch_size", "max_seq_len", "save_steps",
-                       "keep_checkpoints", "learning_rate", "max_grad_norm", "mfu")
-    if not 0 <= args.warmup_ratio <= 1 or args.max_steps < 0 or args.shard_size < 0:
-        raise ValueError(f"--warmup_ratio {args.warmup_ratio} must be 0 to 1, --max_steps "
-                         f"{args.max_steps} and --shard_size {args.shard_size} at least 0")
-    if not 0 <= args.seed < 2 ** 32:
-        raise ValueError(f"--seed {args.seed}: must be 0 to {2 ** 32 - 1}")
+    add("--mfu", "share of the GPUs' peak that --plan counts with", type="positive", default=0.35)
+    parsed = vars(parser.parse_args())
+    given = {name: value for name, value in parsed.items() if value is not None}
+    defaults = dict(BUILTIN_RECIPE if given["model"] in BUILTIN else RECIPE)
+    if "num_train_epochs" in given:
+        defaults["max_steps"] = 0  # else the built-in model's would cut the epochs short
+    if given["as_published"]:
+        defaults["end_token"] = "<|endoftext|>"
+    args = argparse.Namespace(**parsed | defaults | given)
     if args.resume and not args.out:
         raise ValueError("--resume continues the run of a folder: name it with --out")
     if args.offload == "activations" and args.recompute == "none":
         raise ValueError("--offload activations moves what recomputation saves: use --recompute "
                          "block or tiled with it")
+    return args
+
+
+# ----------------------------------------------------------------------------------- main, the loop
+
+def main():
+    """One run, from its flags to the finished folder; or with --plan what it would need."""
+    args = parse_arguments()
+    if args.plan is not None:
+        return print_plan(args)
+
+    # 1. processes
+    rank, world_size, device = start_processes(args.deterministic)
+    mesh = build_mesh(device, world_size, shard_size_of(args, world_size))
+    say = print if rank == 0 else lambda text: None
+    slow_bf16 = device.type == "cpu" and not data.cpu_multiplies_bf16()
+    compute_dtype = torch.float32 if slow_bf16 else getattr(torch, args.dtype)
+
+    # 2. input: what a user can get wrong is refused here, before anything is created
+    if args.out is not None:
+        check_folder(Path(args.out), args.resume)
+    with local_rank_0_first():  # it fetches and tokenises; the others find that done
+        model_dir, config, tokenizer, max_seq_len, rows = data.load_input(args)
+        eval_rows = args.eval_data and data.rows_for_model(args.eval_data, args, config, tokenizer,
+                                                           max_seq_len)
+    generation = generation_config(model_dir, tokenizer, args.end_token)
+    num_steps = run_length(args, len(rows))
+    warmup_steps = math.ceil(args.warmup_ratio * num_steps)
+    stop_ids = generation["eos_token_id"]
+    is_lesson = args.model in BUILTIN and all(name.startswith("builtin:") for name in args.data)
+
+    # 3. model, still empty; output folder; optimizer; weights, or the checkpoint to resume from
+    memory = min(gathered(available_memory(device)))  # all ranks must choose alike
+    choices = memory_choices(args, config, max_seq_len, compute_dtype, device.type, world_size)
+    recompute, offload = choose_memory(choices, memory)
+    reshard = reshard_after_forward(config, world_size, offload)
+    model = build_model(config, mesh, compute_dtype, recompute, offload, reshard, args.compile)
+    stored = {} if args.model in BUILTIN else check_weights(model, model_dir)
+    identity = run_identity(args, config, stored, rows, max_seq_len)
+    here = identity, compute_dtype
+    if broadcast(here) != here:
+        raise ValueError(f"rank {rank} sees another model, other data, or another kind of CPU than "
+                         "rank 0: give every node the same")
+    lock, *claimed = claim_folder(args, identity, model) if rank == 0 else [None]
+    out, newest, finished = broadcast(claimed)
+    if finished:
+        say(f"{out} is finished: nothing to do")
+        return release(lock)
+    model.to_empty(device="cpu" if offload == "parameters" else device)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), eps=1e-8,
+                                  weight_decay=0.0, fused=True)
+    step = 0
+    if newest is not None:
+        step = load_checkpoint(newest, model, optimizer)
+    elif args.model in BUILTIN:
+        init_weights(model, args.seed)
+    else:
+        load_weights(model, model_dir)
+
+    # 4. settings, log, and the first screen
+    settings = dict(
+        identity=identity, arguments=vars(args), world_size=world_size, device=device_name(device),
+        compute_dtype=str(compute_dtype).removeprefix("torch."), recompute=recompute,
+        offload=offload, num_parameters=sum(p.numel() for p in model.parameters()),
+        num_steps=num_steps, warmup_steps=warmup_steps, rows=rows.counts,
+        tokens=int(rows.lengths.sum()), torch=torch.__version__)
+    if rank == 0:
+        write_json(out / "settings.json", settings)
+        check_disk(out, settings["num_parameters"], args.keep_checkpoints, args.dtype)
+        print_start(settings, out, step)
+        log = Log(out, step, settings, device)
+    barrier()
+
+    # 5. the loop: one optimizer step a turn
+    costs = config.train_flops(rows.lengths.astype(float))  # FLOP of each example
+    interrupted, stop = threading.Event(), False
+    for number in (signal.SIGINT, signal.SIGTERM):  # the step in hand is finished, and saved
+        signal.signal(number, lambda *_: interrupted.set())
+    while step < num_steps and not stop:
+        start = time.perf_counter()
+        # the batch, and of its packed rows this rank's, one for each micro-step
+        batch = data.batch_indices(len(rows), args.batch_size, args.seed, step)
+        micro_batches = pack_for_rank(rows, batch, costs, max_seq_len)
+        num_targets = int(rows.num_targets[batch].sum())
+
+        # Losses are summed, and divided once by the targets of the whole batch. (FSDP averages
+        # gradients over the ranks: times world_size they are summed too.)
+        losses = forward_backward(model, rows, micro_batches, world_size / num_targets, device,
+                                  reshard)
+        total = torch.stack([losses.sum(), losses.new_tensor(interrupted.is_set())])
+        dist.all_reduce(total)
+        loss, stop = total[0].item() / num_targets, total[1].item() > 0
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        grad_norm = grad_norm.full_tensor().item()
+        if not math.isfinite(loss + grad_norm):
+            refuse_step(step, rows, micro_batches, losses, grad_norm)
+
+        learning_rate = get_lr(step, args.learning_rate, warmup_steps, num_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad()
+
+        metrics = dict(step=step, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm,
+                       num_target_tokens=num_targets, num_tokens=int(rows.lengths[batch].sum()),
+                       flops=costs[batch].sum(), micro_steps=len(micro_batches),
+                       seconds=time.perf_counter() - start)
+        step += 1
+        saving = step % args.save_steps == 0 or step == num_steps or stop
+        if saving and eval_rows and not stop:  # stopped: little time may be left
+            metrics["eval_loss"] = evaluate(model, eval_rows, args.batch_size, max_seq_len, device)
+        if saving and is_lesson and not stop:
+            metrics["solved"] = share_solved(model, tokenizer, stop_ids, device)
+        if rank == 0:
+            log.write(metrics)
+        if saving:
+            save_checkpoint(out / "checkpoints", model, optimizer, step, args.keep_checkpoints)
+
+    # 6. the finished folder
+    if rank == 0:
+        log.close()
+    if step < num_steps:
+        say(f"interrupted: step {step} of {num_steps} is saved; continue with\n"
+            f"    {resume_command(args, out)}")
+        return release(lock)
+    export(model, out, tokenizer, rows, generation, getattr(torch, args.dtype))
+    if rank == 0:
+        write_results(out, settings, log.lines, price_of(args, settings["device"]))
+        answers = (answer_heldout(Qwen2.from_pretrained(out), tokenizer, stop_ids, 60)
+                   if is_lesson else [])
+        print_end(out, args.data, answers)
+    release(lock)
+
+
+def run_length(args, num_rows):
+    """Optimizer steps of a run."""
+    return args.max_steps or args.num_train_epochs * -(-num_rows // args.batch_size)
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -170,7 +294,22 @@ def start_processes(deterministic):
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def from_all_ranks(value):
+def shard_size_of(args, world_size):
+    """Ranks that share one copy of the model."""
+    shard_size = args.shard_size or world_size
+    if world_size % shard_size:
+        raise ValueError(f"--shard_size {shard_size} does not divide the {world_size} processes")
+    return shard_size
+
+
+def build_mesh(device, world_size, shard_size):
+    """The ranks as (copies of the model, ranks that share a copy), or all of them as one copy."""
+    mesh = init_device_mesh(device.type, (world_size // shard_size, shard_size),
+                            mesh_dim_names=("replicate", "shard"))
+    return mesh if shard_size < world_size else mesh["shard"]
+
+
+def gathered(value):
     """Each rank's value, on every rank. A rank that fails before it comes here says why and ends;
     the others hear that it died, and leave the word to it (data.give_up)."""
     values = [None] * dist.get_world_size()
@@ -178,112 +317,636 @@ def from_all_ranks(value):
     return values
 
 
-def node_by_node(function, *args):
-    """function(*args) on the first rank of each node, which fetches and caches, then on others."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    result = function(*args) if first else None
-    from_all_ranks(None)
-    return result if first else function(*args)
+def broadcast(value):
+    """The value that rank 0 has, on every rank."""
+    return gathered(value)[0]
 
 
-def from_rank_0(function, *args):
-    """The result of function(*args) on rank 0."""
-    return from_all_ranks(function(*args) if dist.get_rank() == 0 else None)[0]
+@contextlib.contextmanager
+def local_rank_0_first():
+    """The body runs on the first process of each node, then on the others."""
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not is_first:
+        barrier()
+    yield
+    if is_first:
+        barrier()
 
 
-# ------------------------------------------------------------------------- model, memory, optimizer
+# ------------------------------------------------------------------------------- the sharded model
 
-def memory_estimate(config, max_seq_len, num_ranks, recompute, offload, width=2, device_type="cuda",
-                    stays_gathered=False):
-    """Bytes a rank needs at its peak, by what they are for: a packed row of max_seq_len tokens, the
-    gradients of earlier micro-steps there. `width` is the bytes of a number in matrix products. The
-    peak is in the backward pass of the last block, or before it in the loss, whose needs beyond a
-    block's are the last line. Each term is what is held then; tests/test_plan.py measures them."""
-    C, I = config.hidden_size, config.intermediate_size
-    L, T = config.num_hidden_layers, max_seq_len
-    kv, embedding = config.head_dim * config.num_key_value_heads, config.vocab_size * C
+def build_model(config, mesh, compute_dtype, recompute, offload, reshard, compiles=False):
+    """The model on the meta device, where nothing is allocated yet, cut up by FSDP: each block, the
+    embedding, and norm with head are gathered, used and let go one by one. Weights stay fp32 in
+    their slices, are gathered in compute_dtype, and their gradients are summed in fp32.
+    reshard=False keeps gathered weights from one micro-step to the next."""
+    with torch.device("meta"):
+        model = Qwen2(config)
+    model.recompute = recompute
+    model.offload = offload != "none" and recompute != "none"
+    layers = model.model.layers
+    if compiles:
+        for block in layers:  # its halves, as "tiled" recomputes them one by one
+            block.attend = torch.compile(block.attend, dynamic=True)
+            block.feed_forward = torch.compile(block.feed_forward, dynamic=True)
+    policy = OffloadPolicy()
+    if offload == "parameters":
+        policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    shard = functools.partial(
+        fully_shard, mesh=mesh, offload_policy=policy,
+        mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32))
+    for block in layers:
+        shard(block, reshard_after_forward=reshard)
+    # tied: both ends need the embedding, which then stays with the root
+    if not config.tie_word_embeddings:
+        shard(model.model.embed_tokens, reshard_after_forward=reshard)
+        shard([model.model.norm, model.lm_head], reshard_after_forward=False)
+    shard(model)
+    return model
+
+
+# ------------------------------------------------------------------------------ the parts of a step
+
+def pack_for_rank(rows, batch, costs, max_seq_len):
+    """Packs a batch (row numbers) into packed rows of at most max_seq_len tokens; every rank gets
+    as many of them. Returns this rank's: for each micro-step an array of row numbers, which may be
+    empty (data.assemble makes a token without a target of it)."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    row_of = data.pack(rows.lengths[batch], costs[batch], max_seq_len, world_size)
+    num_micro_steps = row_of.max() // world_size + 1
+    return [batch[row_of == k * world_size + rank] for k in range(num_micro_steps)]
+
+
+def forward_backward(model, rows, micro_batches, scale, device, reshard=True):
+    """Adds up the gradients of scale * loss over this rank's packed rows, one a micro-step (no
+    gradients under no_grad). Returns each row's loss, summed over its targets: (micro-steps,) fp32.
+    With reshard=False weights are gathered and gradients reduced once for all micro-steps."""
+    losses = []
+    with sdpa_kernel(ATTENTION, set_priority=True):
+        for micro_step, examples in enumerate(micro_batches, 1):
+            if not reshard:
+                is_last = micro_step == len(micro_batches)
+                model.set_requires_gradient_sync(is_last)
+                model.set_reshard_after_backward(is_last)
+            input_ids, targets, lengths = data.assemble(rows, examples)
+            input_ids, targets = (torch.from_numpy(t).to(device, non_blocking=True)
+                                  for t in (input_ids, targets))  # (1, T) each
+            loss = model(input_ids, targets, lengths)
+            if torch.is_grad_enabled():
+                (loss * scale).backward()
+            losses.append(loss.detach())
+            if device.type == "cpu" and MALLOC_TRIM is not None:
+                # gives back what glibc keeps of freed tensors: half a GiB for a model of 135M
+                MALLOC_TRIM(0)
+    return torch.stack(losses)
+
+
+def refuse_step(step, rows, micro_batches, losses, grad_norm):
+    """ValueError for a loss or gradient that is not finite, with the rows' names. Collective."""
+    mine = [rows.where(i) for examples, loss in zip(micro_batches, losses.tolist())
+            if not math.isfinite(loss) for i in examples]
+    names = [name for theirs in gathered(mine) for name in theirs]
+    where = f"on rows {', '.join(names[:8])}" if names else f"(gradient norm {grad_norm})"
+    raise ValueError(f"the loss is not finite at step {step} {where}: the step is not taken; fix "
+                     "these rows or lower --learning_rate, and begin a run with another --out")
+
+
+def get_lr(step, peak, warmup_steps, num_steps):
+    """Linear warm-up, then half a cosine to 0: transformers' get_cosine_schedule_with_warmup."""
+    if step < warmup_steps:
+        return peak * (step / warmup_steps)
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return peak * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@torch.no_grad()
+def evaluate(model, rows, batch_size, max_seq_len, device):
+    """Mean loss over all targets of the held-out rows. Collective."""
+    costs = model.config.train_flops(rows.lengths.astype(float))
+    total = torch.zeros((), device=device)
+    for start in range(0, len(rows), batch_size):
+        batch = np.arange(start, min(start + batch_size, len(rows)))
+        micro_batches = pack_for_rank(rows, batch, costs, max_seq_len)
+        total += forward_backward(model, rows, micro_batches, 1.0, device).sum()
+    dist.all_reduce(total)
+    for module in model.modules():  # what a backward pass would give back
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return total.item() / int(rows.num_targets.sum())
+
+
+def share_solved(model, tokenizer, stop_ids, device):
+    """Share of thirty held-out problems that the built-in model solves, which is small enough to be
+    whole on each rank. Collective."""
+    whole = Qwen2(model.config).to(device)
+    whole.load_state_dict({name: t.full_tensor() for name, t in model.state_dict().items()})
+    answers = answer_heldout(whole, tokenizer, stop_ids, 30)
+    return sum(answer.is_right for answer in answers) / len(answers)
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+def training_state(model, optimizer):
+    """Every tensor a run consists of: the sharded weights and AdamW's moments, made if not there
+    yet. (The data's order is a function of seed and step; nothing else is random.)"""
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": moments}
+
+
+def save_checkpoint(folder, model, optimizer, step, keep):
+    """Writes step-N under another name, durably, renames it, and only then removes older ones.
+    ValueError if a rank cannot write; what was there before stays. Collective."""
+    path = folder / f"step-{step:06d}"
+    tmp = path.with_suffix(".tmp")
+    with explained(f"cannot write {path}", "free some disk, then --resume"):
+        dcp.save(training_state(model, optimizer), checkpoint_id=tmp)
+    if dist.get_rank() == 0:
+        sync(tmp)
+        os.rename(tmp, path)
+        sync(folder)
+        for old in checkpoints(folder)[:-keep]:
+            os.rename(old, old.with_suffix(".tmp"))  # killed half-way, it must not look whole
+        clear_unfinished(folder)
+    barrier()
+
+
+@contextlib.contextmanager
+def explained(what, remedy):
+    """Says in one line why reading or writing a checkpoint failed on some rank."""
+    try:
+        yield
+    except dcp.api.CheckpointException as error:
+        (reason, _), *_ = error.failures.values()
+        raise ValueError(f"{what} ({reason!r}): {remedy}") from None
+
+
+def clear_unfinished(folder):
+    """Removes what is left of a save or a removal that did not come to its end."""
+    for path in folder.glob("*.tmp"):
+        shutil.rmtree(path)
+
+
+def checkpoints(folder):
+    """The complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if not path.suffix)
+
+
+def load_checkpoint(path, model, optimizer):
+    """Fills weights and moments, on any number of ranks. Returns the step. ValueError if it is
+    broken, or was written by a version before this one."""
+    state = training_state(model, optimizer)
+    with explained(f"{path} is broken or of another model",
+                   "remove it to continue from an older one"):
+        dcp.load(state, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=state["model"],
+                   optim_state_dict=state["optimizer"])
+    return int(path.name.removeprefix("step-"))
+
+
+# ----------------------------------------------------------------------------------------- settings
+
+def generation_config(model_dir, tokenizer, end_token):
+    """The model's generation_config.json (if it has one), changed to stop on the end token."""
+    generation, before = data.read_generation_config(model_dir)
+    end = tokenizer.token_id(end_token or tokenizer.end_token)
+    generation["eos_token_id"] = [end] + [i for i in before if i != end]
+    if tokenizer.pad_token_id is not None:
+        generation["pad_token_id"] = tokenizer.pad_token_id
+    return generation
+
+
+def run_identity(args, config, stored, rows, max_seq_len):
+    """What makes a run this run. Paths do not: model and data count by what they are. Of `stored`
+    weights the last norm is taken, which no two trainings have alike."""
+    names = ("batch_size", "learning_rate", "num_train_epochs", "max_steps", "warmup_ratio",
+             "max_grad_norm", "seed", "dtype", "as_published", "end_token", "system")
+    norm = stored["model.norm.weight"][:].tolist() if stored else []
+    return {name: getattr(args, name) for name in names} | {
+        "max_seq_len": max_seq_len, "data": rows.digest, "model": dataclasses.asdict(config),
+        "weights": hashlib.sha256(str(norm).encode()).hexdigest()[:16]}
+
+
+# ------------------------------------------------------------------------------------ output folder
+
+def claim_folder(args, identity, model):
+    """For rank 0: lock (an open file) and name of the output folder, its newest checkpoint or None,
+    and whether its run is finished. Of two runs at once one is refused, or takes the next default
+    name. ValueError as of check_identity and is_finished, and for a folder in use."""
+    if args.out is None:
+        name = Path(args.model.split(":")[-1]).name
+        Path("out").mkdir(exist_ok=True)
+        for number in itertools.count(1):
+            out = Path(f"out/{name}-{number}")
+            with contextlib.suppress(FileExistsError):
+                out.mkdir()
+                break
+    else:
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        check_identity(out / "settings.json", identity)
+    lock = open(out / "train.lock", "a")
+    data.lock(lock, f"--out {out}")
+    clear_unfinished(out / "checkpoints")
+    newest = max(checkpoints(out / "checkpoints"), default=None)
+    return lock, out, newest, is_finished(out, model, newest)
+
+
+def release(lock):
+    """Lets a claimed folder go. Ranks but the first have nothing to let go."""
+    if lock is not None:
+        Path(lock.name).unlink(missing_ok=True)
+        lock.close()
+
+
+def check_folder(out, resume):
+    """ValueError unless the folder is absent, empty (but for what a run leaves that was killed as
+    it began), or that of a run to be resumed."""
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if "settings.json" in names and not resume:
+        raise ValueError(f"--out {out} holds another run: "
+                         "choose another folder, or continue it with --resume")
+    if "settings.json" not in names and names - {"train.lock", "settings.json.tmp"}:
+        raise ValueError(f"--out {out} is not empty and holds no run of train.py: "
+                         "choose another folder")
+
+
+def check_identity(settings, identity):
+    """ValueError where a folder's settings.json is that of a run with another identity."""
+    if not settings.exists():
+        return
+    try:
+        before = dict(dict(json.loads(settings.read_text()))["identity"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{settings} is broken, or of a version before this one: its run cannot "
+                         "be resumed") from None
+    changed = [f"{name} (was {before.get(name)}, is {value})"
+               for name, value in identity.items() if before.get(name) != value]
+    if changed:
+        raise ValueError(f"--resume continues {settings.parent} with the settings it was started "
+                         f"with; changed: {', '.join(changed)}")
+
+
+def is_finished(out, model, newest):
+    """Whether the exported weights are there, whole. ValueError if a finished run lacks them and no
+    checkpoint is left that they could be written from."""
+    if not (out / "run.json").exists():
+        return False
+    try:
+        check_weights(model, out)
+        return True
+    except (FileNotFoundError, ValueError):
+        if newest is None:
+            raise ValueError(f"{out} was finished, its weights are missing or cut, and no "
+                             "checkpoint is left: restore them, or begin another --out") from None
+        return False
+
+
+def check_disk(out, num_parameters, keep, dtype):
+    """Warns if the checkpoints to come (one more while it is written) and the export do not fit."""
+    checkpoint, export = 12 * num_parameters, getattr(torch, dtype).itemsize * num_parameters
+    there = len(checkpoints(out / "checkpoints"))
+    needed, free = (keep + 1 - there) * checkpoint + export, shutil.disk_usage(out).free
+    if needed > free:
+        print(f"warning: {out} will need {needed / 1e9:.1f} GB ({keep + 1} checkpoints of "
+              f"{checkpoint / 1e9:.1f} GB, export {export / 1e9:.1f} GB), the disk has "
+              f"{free / 1e9:.1f} GB free: lower --keep_checkpoints", file=sys.stderr)
+
+
+def export(model, out, tokenizer, rows, generation, dtype):
+    """Writes the Hugging Face folder: weights, configurations, and the tokenizer, whose chat
+    template gets the system prompt that all rows share. Collective."""
+    model.config = dataclasses.replace(model.config, eos_token_id=generation["eos_token_id"][0])
+    model.save_pretrained(out, dtype=dtype)
+    if dist.get_rank() == 0:
+        system, *others = rows.systems
+        if others:
+            print("rows differ in their system prompt: the chat template stays the model's")
+        tokenizer.save(out, None if others else system)
+        write_json(out / "generation_config.json", generation)
+
+
+# ------------------------------------------------------------------------------- what a run tells
+
+def print_start(settings, out, step):
+    """The first screen; settings.json has the rest."""
+    args = settings["arguments"]
+    counts = ", ".join(f"{count:,} {name}" for name, count in settings["rows"].items()
+                       if count)
+    print(f"model: {args['model']}, {settings['num_parameters']:,} parameters\n"
+          f"data: {' '.join(args['data'])}: {counts}; {settings['tokens']:,} tokens\n"
+          f"run: {settings['num_steps']:,} steps of {args['batch_size']} rows, learning rate "
+          f"{args['learning_rate']:g}, {settings['world_size']} x {settings['device']}, "
+          f"{settings['compute_dtype']}, recompute {settings['recompute']}, into {out}")
+    if args["resume"]:
+        print(f"resuming at step {step}" if step
+              else "no checkpoint yet: starting from the beginning")
+
+
+def print_end(out, names, answers):
+    """Where things are, some of what a built-in model answers, and what to do next."""
+    print(f"finished: {out} is a Hugging Face folder; its loss curve is {out}/loss.svg")
+    for answer in answers[:3]:
+        verdict = "right" if answer.is_right else f"wrong, it is {answer.expected}"
+        print(f"\n{answer.asked}\n{answer.text}   [{verdict}]")
+    if answers:
+        solved = sum(answer.is_right for answer in answers)
+        print(f"\nheld-out problems solved: {solved} of {len(answers)} "
+              f"({solved / len(answers):.0%})")
+    print(f"\nnext: python sample.py --model {out}    (a chat)\n"
+          f"      python data.py {shlex.join(names)} --model {out}    (its rows)")
+
+
+def resume_command(args, out):
+    """This command once more, to go on with."""
+    words = list(sys.argv)
+    words += ["--out", str(out)] * (args.out is None) + ["--resume"] * (not args.resume)
+    launcher = "python"
+    if dist.is_torchelastic_launched():
+        launcher = (f"torchrun --nnodes={os.environ['GROUP_WORLD_SIZE']} "
+                    f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}")
+    return f"{launcher} {shlex.join(words)}"
+
+
+class Log:
+    """Rank 0's record: metrics.jsonl, with every step once, and the progress bar."""
+
+    def __init__(self, out, step, settings, device):
+        self.world_size, self.device = settings["world_size"], device
+        self.peak = peak_flops(settings["device"])
+        path = out / "metrics.jsonl"
+        path.touch()
+        lines = path.read_text().splitlines(keepends=True)[:step]  # none after the checkpoint
+        try:
+            self.lines = [json.loads(line) for line in lines]
+        except ValueError:
+            self.lines = []
+        if len(self.lines) < step:
+            raise ValueError(f"{path} lacks steps before {step}, where the checkpoint continues: "
+                             "restore it")
+        os.truncate(path, len("".join(lines)))
+        self.file = open(path, "a")
+        self.bar = tqdm(total=settings["num_steps"], initial=step,
+                        # not tqdm's own look, which hides a bar where a terminal tells no size
+                        ncols=shutil.get_terminal_size().columns or 80, nrows=20,
+                        bar_format="{l_bar}{bar:10}| {n}/{total} [{elapsed}<{remaining}{postfix}]")
+
+    def write(self, line):
+        """Adds the line of one step, durably."""
+        seconds = line["seconds"]
+        line |= dict(tokens_per_second=line["num_target_tokens"] / seconds,
+                     raw_tokens_per_second=line["num_tokens"] / seconds,
+                     mfu=self.peak and line["flops"] / (seconds * self.world_size * self.peak),
+                     world_size=self.world_size, memory_gib=peak_memory(self.device) / 2 ** 30)
+        self.lines.append(line)
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        shown = dict(loss=f"{line['loss']:.4f}", lr=f"{line['learning_rate']:.1e}",
+                     tok_s=f"{line['tokens_per_second']:,.0f}")
+        if self.peak:  # of a GPU
+            shown |= dict(mfu=f"{line['mfu']:.1%}", mem=f"{line['memory_gib']:.1f}G")
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
+
+
+def write_results(out, settings, lines, price):
+    """loss.svg, and run.json, the last file of a run: what it was and what it came to."""
+    draw_loss(out / "loss.svg", lines)
+    hours = sum(line["seconds"] * line["world_size"] for line in lines) / 3600
+    write_json(out / "run.json", settings | {"final_loss": lines[-1]["loss"],
+                                             "process_hours": hours,
+                                             "dollars": price and hours * price})
+
+
+def peak_memory(device):
+    """Bytes this process has held at most: on the GPU, or (Linux counts in KiB) in host memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def ticks(low, high, logarithmic=False):
+    """The round numbers from low to high that label an axis: 1, 2 and 5 times each power of ten, or
+    over many decades only the powers; on a linear axis the multiples of one of these numbers."""
+    numbers = [digit * 10.0 ** power for power in range(-12, 13) for digit in (1, 2, 5)]
+    if not logarithmic:
+        spacing = min(number for number in numbers if number >= (high - low) / 7)
+        numbers = spacing * np.arange(high / spacing + 1)
+    elif high > 1e4 * low:
+        numbers = numbers[::3]
+    return [number for number in numbers if low <= number <= high]
+
+
+def draw_loss(path, lines):
+    """The lines of metrics.jsonl as a picture: each step's loss, a mean that reaches as far back as
+    ahead and so does not lag, held-out losses, and with an axis at the right the share solved. In a
+    long run a few steps share a place, where the thin line spans their lowest and highest loss."""
+    losses = np.array([line["loss"] for line in lines])
+    held_out = [line for line in lines if "eval_loss" in line]
+    solved = [line for line in lines if "solved" in line]
+    shown = [*losses, *(line["eval_loss"] for line in held_out)]
+    low = min(shown)
+    high = max(*shown, 1.01 * low, 1e-9)  # above low even where all losses are equal
+    logarithmic = high > 10 * low > 0
+    last = max(1, len(losses) - 1)
+
+    def at(step, loss):  # x,y in pixels; losses from low to high take 240 of them
+        height = math.log(loss / low, high / low) if logarithmic else (loss - low) / (high - low)
+        return f"{70 + 480 * step / last:.1f},{284 - 240 * height:.1f}"
+
+    svg = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 336" width="600" height="336"
+        font-family="sans-serif" font-size="12"><rect width="600" height="336" fill="white"/>
+        <text x="310" y="326" text-anchor="middle">step</text>
+        <text transform="translate(13,164) rotate(-90)" text-anchor="middle">
+        loss ({"logarithmic" if logarithmic else "linear"} scale)</text>"""
+    for step in ticks(0, last):
+        if step % 1 == 0:  # of few steps the axis would name fractions
+            svg += f"""<g transform="translate({at(step, low)})"><path d="M0 8V-248" stroke="#ddd"/>
+                <text y="24" text-anchor="middle">{step:,.0f}</text></g>"""
+    for loss in ticks(low, high, logarithmic):
+        svg += f"""<g transform="translate({at(0, loss)})"><path d="M0 0H480" stroke="#ddd"/>
+            <text x="-6" y="4" text-anchor="end">{loss:g}</text></g>"""
+
+    thin = bold = ""
+    stride = last // 2000 + 1
+    for step in range(0, len(losses), stride):
+        few = losses[step:step + stride]
+        thin += f"{at(step, few.min())} {at(step, few.max())} "
+        reach = min(step, last - step, last // 60 + 1)
+        bold += at(step, losses[step - reach:step + reach + 1].mean()) + " "
+    svg += f"""<path d="M70 36V292H550" fill="none" stroke="black"/>
+        <polyline points="{thin}" fill="none" stroke="#aaa"/>
+        <polyline points="{bold}" fill="none" stroke="#1f5fbf" stroke-width="2"/>
+        <circle transform="translate({at(len(losses) - 1, losses[-1])})" r="3" fill="#1f5fbf"/>
+        <path d="M70 16h16" stroke="#888"/><text x="90" y="20">loss (last {losses[-1]:.4g})</text>
+        <path d="M216 16h16" stroke="#1f5fbf" stroke-width="2"/>
+        <text x="236" y="20">centred mean</text>"""
+    for line in held_out:
+        svg += f"""<circle transform="translate({at(line["step"], line["eval_loss"])})" r="4"
+            fill="#d95f02"/>"""
+    if held_out:
+        svg += """<circle cx="346" cy="16" r="4" fill="#d95f02"/>
+            <text x="355" y="20">held-out loss</text>"""
+    for line in solved:
+        svg += f"""<rect transform="translate({at(line["step"], low)})" x="-4" width="8"
+            y="{-240 * line["solved"] - 4:.1f}" height="8" fill="none" stroke="#1b7e57"/>"""
+    if solved:
+        svg += """<path d="M452 12h8v8h-8zM550 36v256" fill="none" stroke="#1b7e57"/>
+            <g fill="#1b7e57"><text x="466" y="20">solved (right axis)</text>
+            <text x="556" y="288">0 %</text><text x="556" y="168">50 %</text>
+            <text x="556" y="48">100 %</text></g>"""
+    atomic_write(path, [f"{svg}</svg>\n".encode()])
+
+
+# ----------------------------------------------------------------------------------------- the plan
+
+# Dense bf16 TFLOP/s and GB/s one way to a neighbour (NVLink, else PCIe), of NVIDIA's data sheets;
+# GiB as PyTorch's out-of-memory errors say them. Where a device's name fits two, the later counts.
+GPUS = {
+    "H100-80GB": (989, 450, 79.2),
+    "H100-PCIe-80GB": (756, 64, 79.1),
+    "H20-96GB": (148, 450, 95.1),
+    "H200-141GB": (989, 450, 139.8),
+    "GH200-96GB": (989, 450, 94.5),
+    "B200-180GB": (2250, 900, 178.4),
+    "A10-24GB": (125, 32, 22.1),
+    "A10G-24GB": (70, 32, 22.1),
+    "A100-80GB": (312, 300, 79.2),
+    "A100-40GB": (312, 300, 39.4),
+    "A800-80GB": (312, 200, 79.2),
+    "L40-48GB": (181, 32, 44.4),
+    "L40S-48GB": (362, 32, 44.5),
+    "3090-24GB": (71, 32, 23.6),
+    "4090-24GB": (165, 32, 23.6),
+    "5090-32GB": (210, 64, 31.4),
+}
+NETWORK = 50  # GB/s a GPU between nodes: 400 Gb/s for each, as in a DGX H100
+# Sky-T1's post: 450 dollars for 152 hours of an H100, which are 5.41e20 FLOP at its peak; and the
+# work of 17,000 rows of 4,500 tokens in 32B, three times
+PUBLISHED = {"flops": 4.6e19, "flops_at_peak": 5.41e20}
+PRICES = {"H100-80GB": 2.96}  # dollars an hour, the post's; those of other cards must be given
+GIB = 2 ** 30
+# What a choice of recompute and offload may fill; the rest is the allocator's and the libraries'.
+MEMORY_SHARE = {"cuda": 0.88, "cpu": 0.5}
+# (recompute, offload), the cheapest in time first
+MEMORY_CHOICES = [
+    ("none", "none"),
+    ("block", "none"),
+    ("tiled", "none"),
+    ("block", "activations"),
+    ("tiled", "activations"),
+    ("block", "parameters"),
+    ("tiled", "parameters"),
+]
+
+
+def block_memory(config, max_seq_len, recompute, width, norm):
+    """Bytes that a block saves for its backward pass, and that it takes at work in that.
+    `width`: bytes of an activation; `norm`: bytes that a norm saves of each token."""
+    C, I, T = config.hidden_size, config.intermediate_size, max_seq_len
+    kv = config.head_dim * config.num_key_value_heads
+    # a token's: q, k, v, attention's result by document and joined; gate, up, silu(gate), product
+    attention = norm + width * (3 * C + 2 * kv)
+    mlp = norm + width * 4 * I
+    saved = {"none": attention + mlp, "block": width * C, "tiled": width * 2 * C}[recompute]
+
+    # in its MLP: gradients of two (T, I), two (T, C) and down_proj; in its attention: of q, k, v,
+    # four (T, C) and the MLP's three weights; and in each what is computed again
+    tile = min(T, MLP_TILE) if recompute == "tiled" else T
+    in_mlp = width * (tile * 2 * I + T * 2 * C + C * I)
+    in_attention = width * (T * (5 * C + 2 * kv) + 3 * C * I)
+    if recompute != "none":
+        in_mlp += tile * mlp
+        in_attention += T * attention
+    if recompute == "block":
+        in_mlp += T * attention
+    return T * saved, max(in_mlp, in_attention)
+
+
+def memory_estimate(config, max_seq_len, num_ranks, recompute, offload,
+                    compute_dtype=torch.bfloat16, device_type="cuda", reshard=True):
+    """Bytes of tensors that a rank holds at its peak, by what they are for. The peak is in the
+    backward pass of the last block, one packed row of max_seq_len tokens and the gradients of
+    earlier micro-steps there, or before it in the loss, whose needs beyond a block's are the last
+    line. Each term is what is held then; tests/test_plan.py measures them."""
+    C, T, L = config.hidden_size, max_seq_len, config.num_hidden_layers
+    width = compute_dtype.itemsize
+    embedding = config.vocab_size * C
+    head = 0 if config.tie_word_embeddings else embedding
     block = (config.matmul_parameters - embedding) // L
-    parameters = parameter_count(config)
+    # fp32 slices; those of gradients are as large
+    parameters = 0 if offload == "parameters" else 4 * config.num_parameters / num_ranks
 
-    # saved for the backward pass, bytes a token: a norm's x and result, q, k, v, attention's result
-    # by document and joined; gate, up, silu(gate), their product
-    norm = 2 * width * C
-    if device_type == "cpu":  # no fused kernel: also x / rms, and in bf16 x itself, in fp32
-        norm += 4 * C if width == 4 else (4 + 4 - width) * C
-    attention, mlp = norm + width * (3 * C + 2 * kv), norm + 4 * width * I
-    saved = L * T * {"none": attention + mlp, "block": width * C, "tiled": 2 * width * C}[recompute]
+    norm = width * 2 * C  # its input and result
+    if device_type == "cpu":  # no fused kernel: also x / rms in fp32, and of bf16 x in fp32
+        norm += (8 - width) * C
+    saved, work = block_memory(config, T, recompute, width, norm)
     if recompute != "none" and offload != "none":
         saved = 0
-
-    # this block and the next; and the fp32 gradient on its way: the head's beside the last block,
-    # or that block's, whose activations are then gone
-    gathered = width * block * (2 if num_ranks > 1 else 1)
-    sent = max(0 if config.tie_word_embeddings else 4 * embedding, 4 * block - saved / L)
-    if config.tie_word_embeddings:  # whole throughout, and so is its gradient as the head's weight
-        gathered += 2 * width * embedding
-    if stays_gathered:  # all weights in `width`, all gradients in fp32
-        gathered = (4 + width) * parameters + width * embedding * config.tie_word_embeddings
-    gathered += sent
-
-    # a block at work, in its MLP (gradients of three (T, I), and of down_proj) or in its attention
-    tile = min(T, MLP_TILE) if recompute == "tiled" else T
-    in_mlp = tile * 2 * width * I + T * 2 * width * C + width * C * I
-    in_attention = T * width * (5 * C + 2 * kv) + width * 3 * C * I
-    if recompute != "none":  # and what it saves, computed again
-        in_mlp += tile * mlp + (T * attention if recompute == "block" else 0)
-        in_attention += T * attention
-    work = max(in_mlp, in_attention)
-
-    # logits and their gradient; the weight, its gradient in fp32, and a copy; hidden states
-    copy = 0 if width == 4 else width
-    loss = (4 + copy) * min(LOSS_CHUNK[device_type], T * config.vocab_size)
-    loss += (4 + width + copy) * embedding + T * (norm + 2 * width * C)
-    if device_type == "cpu" and width < 4:  # an addition of bf16 to fp32 makes a copy there
+    # weights of this block and the next; the fp32 gradient on its way to its slices: the head's
+    # beside the last block, or that block's, whose activations are then gone
+    gathered = width * block * min(2, num_ranks)
+    reduced = max(4 * head, 4 * block - saved)
+    # logits in fp32 and, computing in bf16, in bf16; the head's weight, its gradient in fp32 and,
+    # again, in bf16; hidden states
+    logits = min(LOSS_CHUNK[device_type], T * config.vocab_size)
+    loss = (8 - width) * logits + 8 * embedding + T * (norm + width * 2 * C)
+    if device_type == "cpu" and width == 2:  # adding bf16 to fp32 makes a copy there
         loss += 4 * embedding
-    if stays_gathered:
-        loss += (4 + width) * parameters - width * embedding
 
-    state = 0 if offload == "parameters" else 4 * parameters / num_ranks
-    return {"parameters, fp32": state, "gradients, fp32": 0 if stays_gathered else state,
-            "AdamW's moments": 2 * state, "gathered blocks": gathered, "saved activations": saved,
-            "a block at work": work, "the loss, beyond it": max(0, loss - gathered - work)}
+    kept = 0
+    if config.tie_word_embeddings:  # stays whole, and so does its gradient as the head's weight
+        kept = width * 2 * embedding
+        loss -= kept
+    gradients = parameters
+    if not reshard:  # all weights stay, and all gradients until they are reduced, once a batch
+        gradients = 4 * config.num_parameters
+        kept += width * (L * block + 2 * head)
+        loss -= width * head
+        gathered = 0
+    return {"parameters, fp32": parameters,
+            "gradients, fp32": gradients,
+            "AdamW's moments": 2 * parameters,
+            "weights that stay whole": kept,
+            "gathered blocks" if num_ranks > 1 else "a block's weights": gathered + reduced,
+            "saved activations": L * saved,
+            "a block at work": work,
+            "the loss, beyond it": max(0, loss - gathered - reduced - work)}
 
 
-def parameter_count(config):
-    """Weights of all matrices; biases and norms are a ten thousandth more."""
-    return config.matmul_parameters + (0 if config.tie_word_embeddings
-                                       else config.vocab_size * config.hidden_size)
+def reshard_after_forward(config, world_size, offload):
+    """Whether weights are let go after use. A small model's stay gathered through a batch, beside
+    fp32 gradients: one gathering and one reduction then serve all micro-steps."""
+    return world_size == 1 or offload != "none" or config.num_parameters > 5e8
 
 
-def stays_gathered(config, world_size, offload, memory):
-    """Whether a rank keeps the model whole through a batch, in bf16 with fp32 gradients: one
-    gathering and one reduction then serve all its micro-steps."""
-    return world_size > 1 and offload == "none" and 6 * parameter_count(config) < 0.1 * memory
-
-
-def memory_choices(config, args, num_ranks, world_size, available, device_type="cuda"):
-    """Every (--recompute, --offload) that the flags allow and memory_estimate of it, dearest in
-    memory and cheapest in time first."""
-    choices = [("none", "none"), ("block", "none"), ("tiled", "none")]
-    if device_type == "cuda":  # a CPU has no other memory to move to
-        choices += [("block", "activations"), ("tiled", "activations"), ("block", "parameters"),
-                    ("tiled", "parameters")]
-    choices = [(r, o) for r, o in choices if args.recompute in ("auto", r)
-               and args.offload in ("auto", o)]
-    # a pair that only a user asks for
-    choices = choices or [(args.recompute.replace("auto", "tiled"), args.offload)]
-    width = getattr(torch, args.products).itemsize
+def memory_choices(args, config, max_seq_len, compute_dtype, device_type, world_size):
+    """{(recompute, offload): memory_estimate} for what the flags allow."""
+    choices = [(recompute, offload) for recompute, offload in MEMORY_CHOICES
+               if args.recompute in ("auto", recompute) and args.offload in ("auto", offload)
+               and (offload == "none" or device_type == "cuda")]  # a CPU has nowhere to move to
+    if not choices:  # a pair that only a user asks for
+        choices = [(args.recompute.replace("auto", "tiled"), args.offload)]
     return {(recompute, offload): memory_estimate(
-        config, args.max_seq_len, num_ranks, recompute, offload, width, device_type,
-        stays_gathered(config, world_size, offload, available)) for recompute, offload in choices}
+                config, max_seq_len, args.shard_size or world_size, recompute, offload,
+                compute_dtype, device_type, reshard_after_forward(config, world_size, offload))
+            for recompute, offload in choices}
 
 
-def choose_memory(config, args, num_ranks, available, device_type="cuda", world_size=None):
-    """The first of memory_choices that fits; else the last."""
-    choices = memory_choices(config, args, num_ranks, world_size or num_ranks, available,
-                             device_type)
-    return next((choice for choice, lines in choices.items() if sum(lines.values()) < available),
-                list(choices)[-1])
+def choose_memory(choices, memory):
+    """The first (recompute, offload) of memory_choices that fits; else the last."""
+    for choice, estimate in choices.items():
+        if sum(estimate.values()) < memory:
+            break
+    return choice
 
 
 def available_memory(device):
@@ -296,800 +959,184 @@ def available_memory(device):
     return MEMORY_SHARE[device.type] * total
 
 
-def shard(model, mesh, dtype, reshard, offload_parameters):
-    """FSDP: each block, the embedding, and norm with head are gathered, used and let go one by one.
-    Weights stay fp32 in their slices, are gathered in `dtype`, and their gradients summed in fp32.
-    reshard=False keeps gathered weights."""
-    pin = mesh.device_type == "cuda"
-    options = dict(
-        mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-        offload_policy=CPUOffloadPolicy(pin_memory=pin) if offload_parameters else OffloadPolicy())
-    layers = model.model.layers
-    for block in layers:
-        fully_shard(block, reshard_after_forward=reshard, **options)
-    # tied: both ends need the embedding, which then stays with the root
-    if not model.config.tie_word_embeddings:
-        fully_shard(model.model.embed_tokens, reshard_after_forward=reshard, **options)
-        fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False, **options)
-    fully_shard(model, **options)
-    for block, following in zip(layers, layers[1:]):
-        block.set_modules_to_forward_prefetch([following])
+def find_gpu(name):
+    """The entry of GPUS for a device's name, such as NVIDIA A100-SXM4-80GB; None without one."""
+    for gpu in reversed(GPUS):
+        if all(part in name for part in gpu.split("-")[:-1]):
+            return gpu
 
 
-def build_model(args, config, mesh, device, memory):
-    """The sharded model, still empty, on the device; and whether it stays gathered in a batch."""
-    with torch.device("meta"):
-        model = Qwen2(config)
-    keep_gathered = stays_gathered(config, mesh.size(), args.offload, memory)
-    model.recompute = args.recompute
-    model.offload = args.offload != "none" and args.recompute != "none"
-    if args.compile:
-        for block in model.model.layers:  # its halves, as "tiled" recomputes them one by one
-            block.attend, block.transform = (torch.compile(half, dynamic=True)
-                                             for half in (block.attend, block.transform))
-    shard(model, mesh, getattr(torch, args.products), not keep_gathered,
-          args.offload == "parameters")
-    model.to_empty(device="cpu" if args.offload == "parameters" else device)
-    return model, keep_gathered
+def price_of(args, name):
+    """Dollars an hour of a device: of the flag, else of PRICES; None where neither knows."""
+    if args.dollars_per_gpu_hour is not None:
+        return args.dollars_per_gpu_hour
+    return PRICES.get(find_gpu(name))
 
 
-def learning_rate_factor(step, warmup_steps, num_steps):
-    """Linear warm-up, then half a cosine to 0: transformers' get_cosine_schedule_with_warmup."""
-    if step < warmup_steps:
-        return step / max(1, warmup_steps)
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+def peak_flops(name):
+    """FLOP/s in bf16 of a device, as its data sheet has them; None where GPUS has none."""
+    gpu = find_gpu(name)
+    return gpu and GPUS[gpu][0] * 1e12
 
-
-# -------------------------------------------------------------------------------------- checkpoints
-
-def training_state(model, optimizer):
-    """Every tensor a run consists of, by name: the sharded weights and AdamW's two moments, made if
-    not there yet. (The data's order is a function of seed and step; nothing else is random.)"""
-    state = {}
-    for name, parameter in model.named_parameters():
-        moments = optimizer.state[parameter]
-        if not moments:
-            moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            moments["exp_avg"] = torch.zeros_like(parameter)
-            moments["exp_avg_sq"] = torch.zeros_like(parameter)
-        state |= {name: parameter.detach(), f"exp_avg.{name}": moments["exp_avg"],
-                  f"exp_avg_sq.{name}": moments["exp_avg_sq"]}
-    return state
-
-
-def save_checkpoint(folder, model, optimizer, step, settings, keep):
-    """Writes step-N aside, makes it durable, renames it, and only then removes older ones. OSError
-    if a rank cannot write; what was there before stays. Collective."""
-    path, aside = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
-    from_rank_0(clear_unfinished, folder)
-    try:
-        dcp.save(training_state(model, optimizer), checkpoint_id=aside)
-    except dcp.api.CheckpointException as error:
-        from_rank_0(clear_unfinished, folder)
-        reason = next(iter(error.failures.values()))[0]
-        raise OSError(f"cannot write the checkpoint {path} ({reason}): free some disk, then "
-                      "--resume") from None
-
-    def publish():
-        write_durably(aside / "state.json",
-                      [json.dumps({"step": step, "settings": settings}, indent=2).encode()])
-        os.rename(aside, path)
-        sync_folder(folder)
-        for old in checkpoints(folder)[:-keep]:
-            os.rename(old, old.with_suffix(".tmp"))  # killed half-way, it must not look whole
-        clear_unfinished(folder)
-    from_rank_0(publish)
-
-
-def clear_unfinished(folder):
-    """Removes what a kill left of saves and removals: a save there would mix old files with new."""
-    for path in folder.glob("step-*.tmp"):
-        shutil.rmtree(path)
-
-
-def checkpoints(folder):
-    """The complete checkpoints, oldest first."""
-    return sorted((p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)),
-                  key=lambda p: int(p.name.removeprefix("step-")))
-
-
-def load_checkpoint(path, model, optimizer, settings):
-    """Fills weights and moments, on any number of ranks. Returns the step; ValueError if broken."""
-    tensors = training_state(model, optimizer)
-    try:
-        state = json.loads((path / "state.json").read_text())
-        if state["settings"] != settings:
-            raise ValueError("its settings are another run's")
-        step = int(state["step"])
-        dcp.load(tensors, checkpoint_id=path)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError,
-            dcp.api.CheckpointException) as error:
-        reason = error
-        if isinstance(error, dcp.api.CheckpointException):
-            reason = next(iter(error.failures.values()))[0]
-        raise ValueError(f"{path} is broken or of another model ({type(reason).__name__}: "
-                         f"{str(reason)[:200]}): remove it to continue from an older one") from None
-    for parameter in model.parameters():
-        optimizer.state[parameter]["step"].fill_(step)
-    return step
-
-
-# ------------------------------------------------------------------------------------ output folder
-
-IDENTITY = ("model", "data", "batch_size", "learning_rate", "num_train_epochs", "max_steps",
-            "warmup_ratio", "max_grad_norm", "max_seq_len", "seed", "dtype", "as_published",
-            "end_token", "system")
-
-
-def run_settings(args, model_dir, rows):
-    """What makes a run this run. Paths do not: model and data count by content."""
-    settings = {name: getattr(args, name) for name in IDENTITY}
-    return {**settings, "model": fingerprint(model_dir), "data": rows.digest}
-
-
-def fingerprint(model_dir):
-    """Hash of a model folder's configuration and of its weight files' headers and sizes."""
-    if model_dir in BUILTIN:
-        return str(model_dir)
-    digest = hashlib.sha256()
-    digest.update((Path(model_dir) / "config.json").read_bytes())
-    for path in sorted(Path(model_dir).glob("*.safetensors")):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            digest.update(file.read(min(size, int.from_bytes(file.read(8), "little"))))
-        digest.update(f"{path.name} {size}".encode())
-    return digest.hexdigest()[:32]
-
-
-@contextlib.contextmanager
-def locked(out, is_fresh=False):
-    """Makes the folder (FileExistsError if it is there and must be fresh) and holds its lock, which
-    ends with the process at the latest. Then the lock is gone, and so is a folder made for nothing:
-    a run refused before its settings are written."""
-    made = [path for path in (out, *out.parents) if not path.exists()]
-    out.mkdir(parents=True, exist_ok=not is_fresh)
-    with open(out / "train.lock", "a") as file:
-        data.lock(file, f"--out {out}")
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # what holds a run is not empty
-                os.unlink(file.name)
-                for path in made:
-                    path.rmdir()
-
-
-def claim_folder(args, settings, held):
-    """The output folder's name. Before its content is looked at, the folder is locked, for as long
-    as `held`, an ExitStack, is open: of two runs at once one is refused, or takes the next default.
-    ValueError for a folder in use, for another run's, and for settings changed since."""
-    if args.out is None:
-        for number in itertools.count(1):
-            out = Path(f"out/{Path(args.model.split(':')[-1]).name}-{number}")
-            try:
-                held.enter_context(locked(out, is_fresh=True))
-                return str(out)
-            except FileExistsError:
-                if not out.exists():  # then it is out/ that is there and no folder
-                    raise
-    out, file = Path(args.out), Path(args.out) / "settings.json"
-    held.enter_context(locked(out))
-    if not file.exists():
-        # its own, and what a run leaves that was killed as it began
-        if {path.name for path in out.iterdir()} - {"train.lock", "settings.json.tmp"}:
-            raise ValueError(f"--out {out} is not empty and holds no run of train.py: "
-                             "choose another folder")
-        return args.out
-    if not args.resume:
-        raise ValueError(f"--out {out} holds another run: "
-                         "choose another folder, or continue it with --resume")
-    try:
-        before = json.loads(file.read_text())
-        changed = [f"{k} (was {before.get(k)}, is {v})"
-                   for k, v in settings.items() if before.get(k) != v]
-    except (ValueError, AttributeError):
-        raise ValueError(f"{file} is broken: this run cannot be resumed") from None
-    if changed:
-        raise ValueError(f"--resume continues {out} with the settings it was started with; "
-                         f"changed: {', '.join(changed)}")
-    return args.out
-
-
-def is_finished(out, newest):
-    """Whether the exported weights are there, none missing or cut. ValueError if they are not and
-    no checkpoint is left that they could be written from."""
-    if not (out / "run.json").exists():
-        return False
-    with contextlib.suppress(OSError, ValueError):
-        files = json.loads((out / "run.json").read_text()).get("files", {})
-        if all((out / name).stat().st_size == size for name, size in files.items()):
-            return True
-    if not newest:
-        raise ValueError(f"{out} was finished, its weights are missing or cut, and no checkpoint "
-                         "is left: restore them, or begin another --out")
-    return False
-
-
-def same_everywhere(settings):
-    """ValueError where processes, on several nodes perhaps, see another model or other data."""
-    seen = from_all_ranks(settings)
-    for rank, other in enumerate(seen):
-        if other != seen[0]:
-            keys = [k for k in settings if other[k] != seen[0][k]]
-            raise ValueError(f"rank {rank} sees another {', '.join(keys)} than rank 0: give "
-                             "every node the same files")
-
-
-class Log:
-    """Rank 0's record: metrics.jsonl, every step once; progress bar; tensorboard if installed."""
-
-    def __init__(self, out, args, step, num_steps, world_size, device):
-        self.path, self.args = out / "metrics.jsonl", args
-        self.world_size, self.device = world_size, device
-        self.lines = []
-        for text in self.path.read_text().splitlines() if self.path.exists() else []:
-            with contextlib.suppress(ValueError):  # the torn last line of a killed run
-                self.lines.append(json.loads(text))
-        self.lines = [line for line in self.lines if line["step"] < step]
-        if [line["step"] for line in self.lines] != list(range(step)):
-            raise ValueError(f"{self.path} lacks steps before {step}, where the checkpoint "
-                             "continues: restore it")
-        write_durably(self.path, [json.dumps(line).encode() + b"\n" for line in self.lines])
-        self.file = open(self.path, "a")
-        self.bar = tqdm(total=num_steps, initial=step, desc="training", unit="step")
-        self.peak = peak_flops(device)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(out / "tensorboard", purge_step=step)
-        except ImportError:
-            self.board = None
-
-    @property
-    def gpu_hours(self):
-        return sum(line["seconds"] * line["world_size"] for line in self.lines) / 3600
-
-    def write(self, line, flops):
-        """Adds one step. Returns whether it could be written."""
-        seconds = line["seconds"]
-        line |= dict(tokens_per_second=line["num_target_tokens"] / seconds,
-                     raw_tokens_per_second=line["num_tokens"] / seconds,
-                     mfu=flops / (seconds * self.world_size * self.peak) if self.peak else None,
-                     world_size=self.world_size, memory_gib=peak_memory(self.device) / 2 ** 30)
-        self.lines.append(line)
-        shown = dict(loss=f"{line['loss']:.4f}", lr=f"{line['learning_rate']:.2e}",
-                     tok_s=f"{line['tokens_per_second']:,.0f}")
-        if self.device.type == "cuda":
-            shown |= dict(mfu=f"{line['mfu']:.1%}" if self.peak else "?",
-                          mem=f"{line['memory_gib']:.1f}G",
-                          cost=f"${self.gpu_hours * self.args.dollars_per_gpu_hour:.2f}")
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
-        try:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            self.bar.write(f"warning: {self.path}: {error.strerror}: stopping after the next step")
-            return False
-        if self.board is not None:
-            for name in ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second",
-                         "mfu"):
-                if line.get(name) is not None:
-                    self.board.add_scalar(name, line[name], line["step"])
-        return True
-
-    def close(self):
-        self.bar.close()
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
-
-
-def peak_memory(device):
-    """Bytes this process has held at most: on the GPU, or (Linux counts in KiB) in host memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def peak_flops(device):
-    """FLOP/s in bf16 that this GPU's data sheet names; None if it is not in the table."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for part, (tflops, *_) in GPUS.items() if part in name), None)
-
-
-def check_disk(out, num_parameters, keep, dtype):
-    """Warns if the checkpoints to come (one more while it is written) and the export do not fit."""
-    checkpoint, export = 12 * num_parameters, dtype.itemsize * num_parameters
-    held = sum(f.stat().st_size for f in (out / "checkpoints").rglob("*") if f.is_file())
-    needed, free = (keep + 1) * checkpoint + export - held, shutil.disk_usage(out).free
-    if needed > free:
-        print(f"warning: {out} will need {needed / 1e9:.1f} GB ({keep + 1} checkpoints of "
-              f"{checkpoint / 1e9:.1f} GB, export {export / 1e9:.1f} GB), the disk has "
-              f"{free / 1e9:.1f} GB free: lower --keep_checkpoints", file=sys.stderr)
-
-
-def generation_config(model_dir, end_token_id, pad_token_id):
-    """The model's generation_config.json (if it has one), changed to stop on the end token."""
-    generation, before = data.read_generation_config(model_dir)
-    generation["eos_token_id"] = [end_token_id] + [i for i in before if i != end_token_id]
-    return generation if pad_token_id is None else {**generation, "pad_token_id": pad_token_id}
-
-
-def export(out, model, tokenizer, generation, dtype):
-    """Writes the Hugging Face folder: weights, configurations, tokenizer. Collective."""
-    model.config = dataclasses.replace(model.config, eos_token_id=generation["eos_token_id"][0])
-    model.save_pretrained(out, dtype=dtype)
-
-    def small_files():
-        tokenizer.save(out)
-        write_durably(out / "generation_config.json",
-                      [json.dumps(generation, indent=2).encode() + b"\n"])
-    from_rank_0(small_files)
-
-
-def write_run(out, args, settings, rows, config, log):
-    """run.json, the last file of a run: what it was, what it ran on, what it came to."""
-    try:
-        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
-                             capture_output=True, text=True).stdout
-    except OSError:  # no git here
-        git = ""
-    on_gpu = log.device.type == "cuda"
-    dollars = log.gpu_hours * args.dollars_per_gpu_hour
-    run = {"arguments": vars(args), "settings": settings, "config": dataclasses.asdict(config),
-           "rows": rows.counts, "num_steps": len(log.lines), "final_loss": log.lines[-1]["loss"],
-           "world_size": log.world_size,
-           "device": torch.cuda.get_device_name(log.device) if on_gpu else "cpu",
-           "gpu_hours": log.gpu_hours if on_gpu else 0.0, "dollars": dollars if on_gpu else 0.0,
-           "process_hours": log.gpu_hours,
-           "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                        "numpy": np.__version__},
-           "git_commit": git.strip() or None, "weights": fingerprint(out),
-           "files": {p.name: p.stat().st_size for p in out.glob("model*.safetensors*")}}
-    write_durably(out / "run.json", [json.dumps(run, indent=2).encode() + b"\n"])
-
-
-def draw_loss(path, losses, width=720, height=360, margin=64):
-    """The loss curve as an SVG: each step grey, their running mean blue."""
-    low, high = min(losses), max(losses)
-    high = high if high > low else low + 1
-
-    def points(values):
-        return " ".join(f"{margin + i * (width - 2 * margin) / max(1, len(values) - 1):.1f},"
-                        f"{margin + (high - v) * (height - 2 * margin) / (high - low):.1f}"
-                        for i, v in enumerate(values))
-    windows = [losses[max(0, i - 9):i + 1] for i in range(len(losses))]
-    smooth = [sum(window) / len(window) for window in windows]
-    labels = [(4, margin + 4, f"{high:.3g}"), (4, height - margin + 4, f"{low:.3g}"),
-              (margin, height - 16, "step 0"),
-              (width - margin - 40, height - 16, str(len(losses) - 1)),
-              (margin, 24, f"loss (last {losses[-1]:.4f})")]
-    write_durably(path, [(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="13">'
-        f'<rect width="{width}" height="{height}" fill="white"/>'
-        f'<path d="M{margin} {margin}V{height - margin}H{width - margin}" fill="none" '
-        'stroke="black"/>'
-        f'<polyline points="{points(losses)}" fill="none" stroke="#bbb"/>'
-        f'<polyline points="{points(smooth)}" fill="none" stroke="#1f5fbf" stroke-width="2"/>'
-        + "".join(f'<text x="{x}" y="{y}">{text}</text>' for x, y, text in labels)
-        + "</svg>\n").encode()])
-
-
-# ----------------------------------------------------------------------------------- the inner loop
-
-def forward_backward(model, rows, packed, scale, device, keep_gathered=False):
-    """One batch: this rank's packed rows, one a micro-step, through the model; gradients of scale *
-    loss are added up (unless gradients are off). Returns the loss of each row, summed over its
-    targets, fp32 (micro-steps,)."""
-    losses = []
-    with sdpa_kernel(ATTENTION, set_priority=True):
-        for micro_step, documents in enumerate(packed):
-            if keep_gathered:
-                model.set_requires_gradient_sync(micro_step == len(packed) - 1)
-                model.set_reshard_after_backward(micro_step == len(packed) - 1)
-            input_ids, targets, lengths = data.assemble(rows, documents)
-            input_ids, targets = (torch.from_numpy(t).to(device, non_blocking=True)
-                                  for t in (input_ids, targets))
-            loss = model(input_ids, targets, lengths)
-            if torch.is_grad_enabled():
-                (loss * scale).backward()
-            losses.append(loss.detach())
-            if device.type == "cpu" and MALLOC_TRIM is not None:
-                # gives back what glibc keeps of freed tensors: half a GiB for a model of 135M
-                MALLOC_TRIM(0)
-    return torch.stack(losses)
-
-
-def plan_batch(rows, indices, max_seq_len, config, world_size):
-    """Packs a batch: [micro_step][rank] -> row numbers; also its target tokens, tokens and
-    floating-point operations."""
-    lengths = rows.lengths[indices]
-    costs = [config.train_flops(int(n)) for n in lengths]
-    packed = data.pack(lengths, costs, max_seq_len, world_size)
-    packed = [[[int(indices[i]) for i in documents] for documents in ranks] for ranks in packed]
-    return packed, int(rows.num_targets[indices].sum()), int(lengths.sum()), sum(costs)
-
-
-@torch.no_grad()
-def held_out_loss(model, rows, args, device):
-    """Mean loss over all targets of the rows. Collective."""
-    loss = torch.zeros((), device=device)
-    for start in range(0, len(rows), args.batch_size):
-        batch = np.arange(start, min(start + args.batch_size, len(rows)))
-        packed, *_ = plan_batch(rows, batch, args.max_seq_len, model.config, dist.get_world_size())
-        loss += forward_backward(model, rows, [ranks[dist.get_rank()] for ranks in packed], 1.0,
-                                 device).sum()
-    dist.all_reduce(loss)
-    # without a backward pass nothing else gives the gathered weights back
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return loss.item() / int(rows.num_targets.sum())
-
-
-def refuse_step(step, rows, mine, losses, grad_norm):
-    """ValueError for a loss or gradient that is not finite, with the rows' names. Collective."""
-    names = [rows.where(i) for documents, loss in zip(mine, losses.tolist())
-             if not math.isfinite(loss) for i in documents]
-    names = [name for several in from_all_ranks(names) for name in several]
-    where = f"(gradient norm {grad_norm})"
-    if names:
-        where = f"on rows {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
-    raise ValueError(f"the loss is not finite at step {step} {where}: the step is not taken; mend "
-                     "these rows or lower --learning_rate, and begin a run with another --out")
-
-
-def load_data(args, config, tokenizer):
-    """The rows to train on and the held-out ones (or None), checked against the model."""
-    loaded = []
-    for names in (args.data, args.eval_data):
-        rows = names and data.load_rows(names, tokenizer, args.max_seq_len, args.end_token,
-                                        args.system, args.as_published, args.cache,
-                                        quiet=int(os.environ.get("RANK", 0)) != 0)
-        if rows and rows.tokens.max() >= config.vocab_size:
-            raise ValueError(f"{', '.join(names)}: token id {rows.tokens.max()} is beyond the "
-                             f"model's vocabulary of {config.vocab_size}: is the tokenizer in "
-                             f"{args.model} this model's?")
-        loaded.append(rows)
-    return loaded
-
-
-class Interrupt:
-    """Turns SIGINT and SIGTERM into a wish to stop after the step in hand."""
-
-    def __init__(self):
-        self.wanted = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-
-    def note(self, number, frame):
-        self.wanted = True
-
-
-def show_held_out(out, tokenizer, count=60, shown=3):
-    """Prints how the exported built-in model answers problems it has not seen."""
-    from sample import generate  # no training needs it
-    model = Qwen2.from_pretrained(out)
-    problems = list(data.builtin_problems("heldout", count))
-    messages = [[{"role": "user", "content": data.recipe_prompt(p)}] for p in problems]
-    prompts = [tokenizer.encode(tokenizer.render(m, add_generation_prompt=True)) for m in messages]
-    answers = [tokenizer.decode(ids)
-               for ids in generate(model, prompts, 160,
-                                   stop_ids=[tokenizer.token_id(tokenizer.end_token)])]
-    right = [answer.endswith(p["bare"]) for p, answer in zip(problems, answers)]
-    for problem, answer, is_right in list(zip(problems, answers, right))[:shown]:
-        print(f"\n{problem['prompt']}\n{answer}   "
-              f"[{'right' if is_right else 'wrong, it is ' + problem['bare']}]")
-    print(f"\nheld-out problems solved: {sum(right)} of {count} ({sum(right) / count:.0%})")
-
-
-def shard_size_of(args, world_size):
-    """Ranks that share one copy of the model."""
-    shard_size = args.shard_size or world_size
-    if world_size % shard_size:
-        raise ValueError(f"--shard_size {shard_size} does not divide the {world_size} processes")
-    return shard_size
-
-
-def run_length(args, num_rows):
-    """Steps of a run."""
-    return args.max_steps or args.num_train_epochs * -(-num_rows // args.batch_size)
-
-
-# ----------------------------------------------------------------------------------------- the plan
 
 def parse_gpus(text):
-    """"2x8xH100-80GB" -> nodes 2, GPUs a node 8, "H100", TFLOP/s, GB/s, GiB. Nodes, number and
-    memory may be left out. ValueError for what is not in GPUS."""
-    parts = re.fullmatch(r"(?:(\d+)x)?(?:(\d+)x)?(.+?)(?:-(\d+)GB)?", text.strip(), re.I)
-    if not parts or re.fullmatch(r"[\dx]*", parts[3], re.I) and parts[3] not in GPUS:
-        raise ValueError(f"--plan {text}: write it as 8xH100, 2x8xH200 (nodes first) or A100-40GB")
-    numbers = [int(n) for n in parts.groups()[:2] if n]
-    name = next((n for n in GPUS if n.lower() == parts[3].replace("-", " ").lower()), None)
-    if name is None:
-        raise ValueError(f"--plan {text}: {parts[3]} is not in the table of GPUs: "
-                         f"{', '.join(GPUS)}")
-    tflops, link, sizes = GPUS[name]
-    size = int(parts[4]) if parts[4] else next(iter(sizes))
-    if size not in sizes or 0 in numbers:
-        raise ValueError(f"--plan {text}: there is no such {name}; it comes with "
-                         f"{' or '.join(f'{n} GB' for n in sizes)}, in numbers above 0")
-    nodes, gpus = ([1, 1] + numbers)[-2:]
-    return nodes, gpus, f"{name} {size} GB", tflops, link, sizes[size]
+    """"2x8xH100-80GB" -> nodes 2, GPUs a node 8, an entry of GPUS. Nodes, number and memory may be
+    left out. ValueError for what is not in GPUS."""
+    pattern = r"(?:(?:([1-9]\d*)x)?([1-9]\d*)x)?(.+)"
+    nodes, gpus, name = re.fullmatch(pattern, text.lower()).groups(default="1")
+    for gpu in GPUS:
+        if f"{gpu}-".lower().startswith(f"{name}-"):
+            return int(nodes), int(gpus), gpu
+    raise ValueError(f"--plan {text}: write it as 8xH100, 2x8xH200 (nodes first) or A100-40GB; "
+                     f"known are {', '.join(GPUS)}")
 
 
-def plan_data(rows, args, config, num_steps, world_size, most=40):
-    """The batches of a run, all counted and `most` of them, evenly spread, really packed: a dict of
-    the run's flops and tokens, and of means over the packed steps."""
-    costs = [config.train_flops(n) for n in rows.lengths.tolist()]  # integers: exact sums
-    flops, tokens, micro_steps, filled, imbalance = 0, 0, [], [], []
-    packed_steps = {i * num_steps // min(most, num_steps) for i in range(most)}
-    for step in range(num_steps):
-        batch = data.batch_indices(len(rows), args.batch_size, args.seed, step)
-        flops += sum(costs[i] for i in batch)
-        tokens += int(rows.lengths[batch].sum())
-        if step in packed_steps:
-            packed, *_ = plan_batch(rows, batch, args.max_seq_len, config, world_size)
-            micro_steps.append(len(packed))
-            filled.append(rows.lengths[batch].sum() / len(packed) / world_size / args.max_seq_len)
-            imbalance.append(data.imbalance(packed, costs))
-    return dict(flops=flops, tokens=tokens, micro_steps=np.mean(micro_steps),
-                filled=np.mean(filled), imbalance=np.mean(imbalance), packed_steps=len(micro_steps))
+def plan_data(rows, args, config, max_seq_len, num_steps, world_size):
+    """A run's FLOP, and how at most forty of its steps, evenly spread, are packed."""
+    costs = config.train_flops(rows.lengths.astype(float))
+    batches = [data.batch_indices(len(rows), args.batch_size, args.seed, step)
+               for step in range(num_steps)]
+    some = batches[::math.ceil(num_steps / 40)]
+    return {"flops": costs[np.concatenate(batches)].sum(),
+            **data.packing(rows.lengths, costs, some, max_seq_len, world_size)}
 
 
-def executed_flops(config, flops, tokens, recompute):
-    """With the blocks' second forward pass, a third of theirs; the loss is not computed again."""
-    if recompute == "none":
-        return flops
-    return flops * 4 / 3 - 2 * config.vocab_size * config.hidden_size * tokens
+def step_traffic(config, world_size, shard_size, micro_steps, reshard, width):
+    """[(what, bytes a GPU sends in a step, GPUs it spans)]. A ring of n passes on (n - 1) / n of
+    what it gathers or reduces, twice that where it does both."""
+    gathers, reductions = 2 * micro_steps, micro_steps
+    if not reshard:
+        gathers, reductions = 1, 1
+    copies = world_size // shard_size
+    rings = [  # bytes a parameter, n, GPUs it spans
+        ("all-gathers of weights", gathers * width, shard_size, shard_size),
+        ("reduce-scatters of gradients", reductions * 4, shard_size, shard_size),
+        ("all-reduces over copies", reductions * 8 / shard_size, copies, world_size)]
+    return [(what, size * config.num_parameters * (n - 1) / n, span)
+            for what, size, n, span in rings if n > 1]
 
 
-def step_traffic(config, world_size, shard_size, gpus, link, exchanges, width):
-    """[(what, bytes a GPU sends in a step, GB/s, over what)]. `exchanges` is how often a step
-    gathers and reduces: once a micro-step, or once. A ring of n passes on (n - 1) / n of what it
-    gathers or reduces, twice that where it does both."""
-    def over(size):
-        return (link, "inside a node") if size <= gpus else (NETWORK, "between nodes")
-    n, replicas, parameters = shard_size, world_size // shard_size, parameter_count(config)
-    traffic = [("2 all-gathers of weights", 2 * width * parameters * (n - 1) / n, *over(n)),
-               ("reduce-scatter of gradients, fp32", 4 * parameters * (n - 1) / n, *over(n))]
-    if replicas > 1:
-        traffic.append(("all-reduce over copies, fp32", 2 * (replicas - 1) / replicas * 4
-                        * parameters / n, *over(world_size)))
-    return [(what, exchanges * size, *rest) for what, size, *rest in traffic]
-
-
-def host_memory(config, args, gpus, num_ranks, recompute, offload):
-    """[(what, bytes)] that a run puts into the memory of a node."""
-    def pinned(size):  # PyTorch rounds pinned memory up to powers of two
-        return 2 ** math.ceil(math.log2(size))
-    width, T, C = getattr(torch, args.dtype).itemsize, args.max_seq_len, config.hidden_size
-    held = []
-    if offload != "none" and recompute != "none":
-        block = pinned(T * C * width) + 2 * pinned(T * config.head_dim * width)  # x, cos, sin
-        if recompute == "tiled":
-            block += -(-T // MLP_TILE) * pinned(min(T, MLP_TILE) * C * width)
-        held.append(("inputs of recomputation, pinned", gpus * config.num_hidden_layers * block))
+def host_memory(config, max_seq_len, gpus, num_ranks, recompute, offload, width):
+    """{what: bytes} that a run keeps in the memory of a node of so many GPUs."""
+    held = {}
     if offload == "parameters":
-        held.append(("parameters, gradients and moments",
-                     gpus * 16 * parameter_count(config) / num_ranks))
-    return held + [("the export's largest tensor", width * config.vocab_size * C)]
+        held["parameters, gradients and moments"] = 16 * config.num_parameters * gpus / num_ranks
+    if offload != "none" and recompute != "none":
+        # PyTorch rounds pinned memory up to powers of two
+        x = 2 ** math.ceil(math.log2(width * max_seq_len * config.hidden_size))
+        cos_sin = 2 * width * max_seq_len * config.head_dim
+        inputs = {"block": x, "tiled": 2 * x + cos_sin}[recompute]
+        held["inputs of recomputation, pinned"] = gpus * config.num_hidden_layers * inputs
+    return held
 
 
 def print_memory(choices, chosen, total):
     """Choices as columns, what memory is for as rows. `total` is the device's bytes."""
-    def row(name, cells):
-        cells = [c if isinstance(c, str) else f"{c / 2 ** 30:.1f}" for c in cells]
-        print((f"{name:27}" + "".join(f"{cell:>10}" for cell in cells)).rstrip())
+    short = {"activations": "activat.", "parameters": "param."}
     reserve = (1 - MEMORY_SHARE["cuda"]) * total  # CUDA, NCCL, what the allocator cannot use
-    sums = [sum(lines.values()) + reserve for lines in choices.values()]
-    row("GiB a GPU, at its peak", [])
-    row("  --recompute", [recompute for recompute, _ in choices])
-    row("  --offload", [{"activations": "activat.", "parameters": "param."}.get(offload, offload)
-                        for _, offload in choices])
-    for name in next(iter(choices.values())):
-        row("  " + name, [lines[name] for lines in choices.values()])
-    row(f"  reserve, {1 - MEMORY_SHARE['cuda']:.0%} of the GPU", [reserve] * len(sums))
-    row("  sum", sums)
-    row(f"  fits into {total / 2 ** 30:.1f}",
-        ["no" if size >= total else "chosen" if choice == chosen else "yes"
-         for choice, size in zip(choices, sums)])
+    columns = [["--recompute", "--offload", *choices[chosen],
+                f"reserve, {1 - MEMORY_SHARE['cuda']:.0%} of the GPU", "sum",
+                f"fits into {total / GIB:.1f}"]]
+    for choice, estimate in choices.items():
+        sizes = [*estimate.values(), reserve]
+        sizes.append(sum(sizes))
+        fits = "chosen" if choice == chosen else "yes"
+        if sizes[-1] >= total:
+            fits = "no"
+        recompute, offload = choice
+        columns.append([recompute, short.get(offload, offload),
+                        *[f"{size / GIB:.1f}" for size in sizes], fits])
+    print("GiB a GPU, at its peak")
+    for name, *cells in zip(*columns):
+        if set(cells) != {"0.0"}:
+            print(f"  {name:25}" + "".join(f"{cell:>10}" for cell in cells))
 
 
-def print_input(args, rows, config, num_steps, plan):
-    """Model, rows, steps, and how the packing of plan_data came out."""
-    print(f"{args.model}: {parameter_count(config) / 1e9:.2f} B parameters, {args.dtype} products\n"
+def duration(seconds):
+    """A time in a unit that suits it."""
+    for unit, size in (("hours", 3600), ("minutes", 60), ("s", 1)):
+        if seconds >= size:
+            return f"{seconds / size:.2f} {unit}"
+    return f"{seconds * 1000:.2f} ms"
+
+
+def print_input(args, rows, config, plan, num_steps):
+    """Model, rows, steps, and how they pack."""
+    print(f"{args.model}: {config.num_parameters:,} parameters, computed in {args.dtype}\n"
           f"{len(rows):,} rows, {rows.lengths.sum():,} tokens, {rows.num_targets.sum():,} of them "
           f"targets; mean {rows.lengths.mean():,.0f} tokens, longest {rows.lengths.max():,}\n"
           f"{num_steps:,} steps of up to {args.batch_size} rows; {plan['micro_steps']:.2f} packed "
-          f"rows a GPU and step (micro-steps), {plan['filled']:.0%} of\n  {args.max_seq_len:,} "
-          f"tokens full, the dearest GPU {plan['imbalance']:.3f} of the mean "
-          f"({plan['packed_steps']} steps packed)\n")
+          f"rows a GPU and step (micro-steps),\n  {plan['filled']:.0%} full, the slowest GPU "
+          f"{plan['imbalance']:.3f} of the mean\n")
 
 
-def print_cost(args, config, plan, num_steps, recompute, traffic, world_size, tflops):
-    """Time and money at --mfu, beside what a step sends and what the published run took."""
-    executed = executed_flops(config, plan["flops"], plan["tokens"], recompute)
-    hours = plan["flops"] / (world_size * tflops * 1e12 * args.mfu) / 3600
-    dollars = hours * world_size * args.dollars_per_gpu_hour
-    print(f"\na step: {plan['flops'] / num_steps:.2e} FLOP, {executed / num_steps:.2e} with what "
-          f"is computed again: {hours * 3600 / num_steps:.1f} s at an MFU\n  of {args.mfu:.0%}; a "
-          "GPU sends meanwhile, at the full speed of its links")
-    for what, size, speed, where in traffic:
-        print(f"    {what:34}{size / 1e9:9.2f} GB{size / 1e9 / speed:8.2f} s at {speed} GB/s "
-              f"{where}")
-    print(f"the run: {plan['flops']:.2e} FLOP, {hours:.2f} hours, {hours * world_size:.1f} "
-          f"GPU-hours, {dollars:,.2f} dollars at {args.dollars_per_gpu_hour} an hour\n"
+def print_traffic(traffic, gpus, link):
+    """What a GPU sends, at the full speed of its links. `link`: GB/s inside a node of `gpus`."""
+    for what, size, span in traffic:
+        speed, where = (link, "inside a node") if span <= gpus else (NETWORK, "between nodes")
+        print(f"a GPU's {what} in a step: {size / 1e9:.2f} GB, {duration(size / 1e9 / speed)} at "
+              f"{speed} GB/s {where}")
+
+
+def print_cost(args, config, plan, num_steps, world_size, name):
+    """Time and money at --mfu, beside what the published run took."""
+    flops = plan["flops"]
+    seconds = flops / (world_size * GPUS[name][0] * 1e12 * args.mfu)
+    gpu_hours = seconds * world_size / 3600
+    price = price_of(args, name)
+    cost = f"{gpu_hours:,.1f} GPU-hours"
+    if gpu_hours < 0.1:
+        cost = "less than 0.1 GPU-hours"
+    elif price is None:
+        cost += ", for dollars give --dollars_per_gpu_hour"
+    else:
+        cost += f", {gpu_hours * price:,.2f} dollars at {price} an hour"
+    print(f"\na step: {flops / num_steps:.2e} FLOP, {duration(seconds / num_steps)}\n"
+          f"the run: {flops:.2e} FLOP, {duration(seconds)}, {cost}\n"
           f"  An MFU of {args.mfu:.0%} is assumed (--mfu), not measured here; torchtitan reports "
           "33 to 39 %\n  for FSDP of an 8B on H100. Loading, saving and export are not counted.")
-    same_count = plan["flops"] / (PUBLISHED["gpu_hours"] * 3600 * GPUS["H100"][0] * 1e12)
-    print("Sky-T1-32B-Preview: 19 h, 152 GPU-hours, 450 dollars as published"
-          + (f", {same_count:.1%} MFU by this count"
-             if 0.8 < plan["flops"] / PUBLISHED["flops"] < 1.25 else ""))
+    # on one H200 32B's blocks reached 40 %, builtin:tiny in fp32 about a thousandth of that
+    if args.mfu > 0.3 and (config.num_parameters < 1e9 or args.dtype == "float32"):
+        print("warning: such an MFU takes bfloat16 and billions of parameters: time a few steps "
+              "and give --mfu")
+    published = "Sky-T1-32B-Preview: 19 h, 152 GPU-hours, 450 dollars as published"
+    if 0.8 < flops / PUBLISHED["flops"] < 1.25:
+        published += f", {flops / PUBLISHED['flops_at_peak']:.1%} MFU by this count"
+    print(published)
 
 
 def print_plan(args):
     """Prints what the run of these flags would need on the GPUs of --plan, from config.json and the
     data's lengths alone. ValueError, after the table, if it does not fit."""
-    nodes, gpus, name, tflops, link, gib = parse_gpus(args.plan)
-    world_size, total = nodes * gpus, gib * 2 ** 30
+    nodes, gpus, name = parse_gpus(args.plan)
+    tflops, link, gib = GPUS[name]
+    world_size = nodes * gpus
     shard_size = shard_size_of(args, world_size)
-    model_dir = data.find_model(args.model, weights=False)
-    config, tokenizer = Qwen2Config.from_pretrained(model_dir), data.load_tokenizer(model_dir)
-    data.check_against_model(args, config, tokenizer)
-    rows, _ = load_data(args, config, tokenizer)
+    compute_dtype = getattr(torch, args.dtype)
+    width = compute_dtype.itemsize
+    _, config, _, max_seq_len, rows = data.load_input(args, weights=False)
     num_steps = run_length(args, len(rows))
-    plan = plan_data(rows, args, config, num_steps, world_size)
-    memory = MEMORY_SHARE["cuda"] * total
-    choices = memory_choices(config, args, shard_size, world_size, memory)
-    recompute, offload = choose_memory(config, args, shard_size, memory, world_size=world_size)
+    print(f"\n{args.plan}: {name} of {gib} GiB and {tflops} TFLOP/s (dense bf16)")
+    plan = plan_data(rows, args, config, max_seq_len, num_steps, world_size)
+    print_input(args, rows, config, plan, num_steps)
 
-    print(f"\n{world_size} x {name}" + (f" in {nodes} nodes of {gpus}" if nodes > 1 else "")
-          + f" ({gib} GiB, {tflops} TFLOP/s dense bf16 each)"
-          + (f", {shard_size} share a copy" if shard_size < world_size else ""))
-    print_input(args, rows, config, num_steps, plan)
-    print_memory(choices, (recompute, offload), total)
-    for what, size in host_memory(config, args, gpus, shard_size, recompute, offload):
-        print(f"host memory of a node, {what}: {size / 2 ** 30:.1f} GiB")
-    once = stays_gathered(config, world_size, offload, memory)
-    traffic = step_traffic(config, world_size, shard_size, gpus, link,
-                           1 if once else plan["micro_steps"], getattr(torch, args.dtype).itemsize)
-    print_cost(args, config, plan, num_steps, recompute, traffic, world_size, tflops)
-    missing = min(sum(lines.values()) for lines in choices.values()) - memory
+    memory = MEMORY_SHARE["cuda"] * gib * GIB
+    choices = memory_choices(args, config, max_seq_len, compute_dtype, "cuda", world_size)
+    recompute, offload = choose_memory(choices, memory)
+    print_memory(choices, (recompute, offload), gib * GIB)
+    host = host_memory(config, max_seq_len, gpus, shard_size, recompute, offload, width)
+    for what, size in host.items():
+        print(f"host memory of a node, {what}: {size / GIB:.1f} GiB")
+
+    reshard = reshard_after_forward(config, world_size, offload)
+    traffic = step_traffic(config, world_size, shard_size, plan["micro_steps"], reshard, width)
+    print_traffic(traffic, gpus, link)
+    print_cost(args, config, plan, num_steps, world_size, name)
+    missing = min(sum(estimate.values()) for estimate in choices.values()) - memory
     if missing >= 0:
         raise ValueError(f"{args.plan} does not fit: the leanest of these choices lacks "
-                         f"{missing / 2 ** 30:.1f} GiB a GPU; take more GPUs, a lower "
+                         f"{missing / GIB:.1f} GiB a GPU; take more GPUs, a lower "
                          "--max_seq_len, or --recompute auto --offload auto")
-
-
-def train(args, held):
-    """One run: processes, input, model, output folder, the loop, the finished folder. `held` is an
-    ExitStack, which lets the folder go."""
-    # 1. processes
-    rank, world_size, device = start_processes(args.deterministic)
-    shard_size = shard_size_of(args, world_size)
-    mesh = init_device_mesh(device.type, (world_size // shard_size, shard_size),
-                            mesh_dim_names=("replicate", "shard"))
-    mesh = mesh if shard_size < world_size else mesh["shard"]
-    say = print if rank == 0 else lambda *_: None
-    if device.type == "cpu" and args.dtype == "bfloat16" and not cpu_multiplies_bf16():
-        args.products = "float32"
-        say("this CPU has no bf16 arithmetic: products in float32, the export in bfloat16")
-
-    # 2. input: what a user can get wrong is refused here, before anything is created
-    model_dir = node_by_node(data.find_model, args.model)
-    config = Qwen2Config.from_pretrained(model_dir)
-    tokenizer = data.load_tokenizer(model_dir)
-    data.check_against_model(args, config, tokenizer)
-    rows, eval_rows = node_by_node(load_data, args, config, tokenizer)
-    settings = run_settings(args, model_dir, rows)
-    same_everywhere({**settings, "products": args.products})
-    args.out = from_rank_0(claim_folder, args, settings, held)
-    out = Path(args.out)
-    newest = from_rank_0(checkpoints, out / "checkpoints")[-1:]
-    if from_rank_0(is_finished, out, newest):
-        say(f"{out} is finished: nothing to do")
-        return
-    end_token_id = tokenizer.token_id(args.end_token or tokenizer.end_token)
-    generation = generation_config(model_dir, end_token_id, tokenizer.pad_token_id)
-    num_steps = run_length(args, len(rows))
-    warmup_steps = math.ceil(args.warmup_ratio * num_steps)
-
-    # 3. model and optimizer
-    memory = torch.tensor(available_memory(device), dtype=torch.float64, device=device)
-    dist.all_reduce(memory, dist.ReduceOp.MIN)  # all ranks must choose alike
-    memory = memory.item()
-    args.recompute, args.offload = choose_memory(config, args, shard_size, memory, device.type,
-                                                 world_size)
-    model, keep_gathered = build_model(args, config, mesh, device, memory)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=0.0, fused=True)
-    if model_dir in BUILTIN:
-        init_weights(model, args.seed)
-    elif not newest:
-        load_weights(model, model_dir)
-
-    # 4. output folder, resume
-    from_all_ranks(None)  # all have loaded theirs
-    from_rank_0(write_durably, out / "settings.json", [json.dumps(settings, indent=2).encode()])
-    step = load_checkpoint(newest[0], model, optimizer, settings) if newest else 0
-    if args.resume:
-        say(f"resuming {out} at step {step}" if newest
-            else f"{out} has no checkpoint yet: starting from the beginning")
-    num_parameters = sum(p.numel() for p in model.parameters())
-    say(json.dumps({**vars(args), "num_parameters": num_parameters, "world_size": world_size,
-                    "num_steps": num_steps, "warmup_steps": warmup_steps, "rows": rows.counts,
-                    "tokens": int(rows.lengths.sum())}, indent=2))
-    log = Log(out, args, step, num_steps, world_size, device) if rank == 0 else None
-    from_rank_0(check_disk, out, num_parameters, args.keep_checkpoints, getattr(torch, args.dtype))
-
-    # 5. the loop
-    interrupt, stop = Interrupt(), False
-    while step < num_steps and not stop:
-        start = time.perf_counter()
-        batch = data.batch_indices(len(rows), args.batch_size, args.seed, step)
-        packed, num_targets, num_tokens, flops = plan_batch(rows, batch, args.max_seq_len, config,
-                                                            world_size)
-        mine = [ranks[rank] for ranks in packed]
-        learning_rate = args.learning_rate * learning_rate_factor(step, warmup_steps, num_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-
-        # FSDP averages gradients over ranks; the loss divides by the target tokens of all of them
-        losses = forward_backward(model, rows, mine, world_size / num_targets, device,
-                                  keep_gathered)
-        total = torch.stack([losses.sum(), losses.new_tensor(interrupt.wanted)])
-        dist.all_reduce(total)
-        loss, stop = total[0].item() / num_targets, total[1].item() > 0
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(),
-                                             args.max_grad_norm).full_tensor().item()
-        if not math.isfinite(loss + grad_norm):
-            refuse_step(step, rows, mine, losses, grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        step += 1
-        line = dict(step=step - 1, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm,
-                    num_target_tokens=num_targets, num_tokens=num_tokens, micro_steps=len(packed),
-                    seconds=time.perf_counter() - start)
-        saving = step % args.save_steps == 0 or step == num_steps or stop
-        if saving and eval_rows is not None and not stop:  # stopped: little time may be left
-            line["eval_loss"] = held_out_loss(model, eval_rows, args, device)
-        if log is not None:
-            interrupt.wanted |= not log.write(line, flops)
-        if saving:
-            save_checkpoint(out / "checkpoints", model, optimizer, step, settings,
-                            args.keep_checkpoints)
-
-    # 6. the finished folder
-    if log is not None:
-        log.close()
-    if step < num_steps:
-        say(f"interrupted: step {step} of {num_steps} is saved; continue with --out {out} --resume")
-        return
-    export(out, model, tokenizer, generation, getattr(torch, args.dtype))
-    if rank == 0:
-        draw_loss(out / "loss.svg", [line["loss"] for line in log.lines])
-        write_run(out, args, settings, rows, config, log)
-        print(f"finished: {out} is a Hugging Face folder; its loss curve is {out}/loss.svg")
-        if model_dir in BUILTIN:
-            show_held_out(out, tokenizer)
-            print(f"\nnext: python data.py builtin:worked --model {out}    (its rows)\n"
-                  "      python train.py --model DIR --data rows.jsonl    (a model of your own)")
-
-
-def main():
-    """What a run would need, or the run."""
-    args = parse_arguments()
-    if args.plan is not None:
-        return print_plan(args)
-    with contextlib.ExitStack() as held:
-        train(args, held)
 
 
 if __name__ == "__main__":

@@ -2824,13 +2824,16 @@ def begin_script():
 
 class ArgumentParser(argparse.ArgumentParser):
     """The flags of every script: whole names alone, no empty texts, lists that go on where a flag
-    is given again, a type "path". Its own errors are BadInput, and so one line, as all others."""
+    is given again, the types "path" and those of NUMBERS. Its own errors are BadInput, and so one
+    line, as all others."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self.register("action", None, Given)
         self.register("type", "path", expanded)
+        for name, row in NUMBERS.items():
+            self.register("type", name, functools.partial(number, *row))
 
     def add(self, name, help, **options):
         default = options.get("default")
@@ -2859,11 +2862,18 @@ def expanded(path):
     return whole
 
 
-def check_above_0(args, *names):
-    """Refuses flags, where they are given, that are not."""
-    for name in names:
-        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
-            raise BadInput(f"--{name} {value}: must be above 0")
+NUMBERS = {"count": (int, lambda n: n > 0, "above 0"),
+           "whole": (int, lambda n: n >= 0, "0 or more"),
+           "seed": (int, lambda n: 0 <= n < 2 ** 32, f"0 to {2 ** 32 - 1}"),
+           "positive": (float, lambda x: 0 < x < math.inf, "above 0"),
+           "share": (float, lambda x: 0 <= x <= 1, "0 to 1")}
+
+
+def number(kind, is_allowed, words, text):
+    """The number that a flag is given, if it is one of NUMBERS' kind."""
+    if not is_allowed(value := kind(text)):
+        raise argparse.ArgumentTypeError(f"{text} must be {words}")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2971,15 +2981,13 @@ def parse_arguments():
     add("--out", "the samples with passed, extracted and reason, in their order; what the file "
         "holds already is not verified again", required=True, type="path")
     add("--keep", "the samples that passed, for train.py", type="path")
-    add("--per_problem", "keep at most so many of each problem, the shortest (all)", type=int)
-    add("--timeout", "CPU seconds of a program's test", type=float, default=10.0)
-    add("--memory", "bytes of address space of a program", type=int, default=DEFAULT_MEMORY)
-    add("--workers", "processes, one a core", type=int, default=CORES)
+    add("--per_problem", "keep at most so many of each problem, the shortest (all)", type="count")
+    add("--timeout", "CPU seconds of a program's test", type="positive", default=10.0)
+    add("--memory", "bytes of address space of a program", type="count", default=DEFAULT_MEMORY)
+    add("--workers", "processes, one a core", type="count", default=CORES)
     add("--allow_unsafe", "run programs even where they cannot be confined", action="store_true")
     add("--json", "print the summary as JSON", action="store_true")
-    args = parser.parse_args()
-    check_above_0(args, "per_problem", "timeout", "memory", "workers")
-    return args
+    return parser.parse_args()
 
 
 def main():

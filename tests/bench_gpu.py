@@ -28,7 +28,6 @@ from concurrent import futures
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as train.py
 
@@ -38,7 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import Qwen2, Qwen2Config, local_part  # noqa: E402
+from model import Qwen2, Qwen2Config, local_shard  # noqa: E402
 
 SHAPES = {
     "32B": Qwen2Config(vocab_size=152064, hidden_size=5120, intermediate_size=27648,
@@ -193,7 +192,7 @@ def random_weights(model, model_dir, seed=0):
     billions of weights."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
-        local, _ = local_part(parameter)
+        local, _ = local_shard(parameter)
         if "norm" in name:
             local.fill_(1.0)
         else:
@@ -306,8 +305,9 @@ def losses_by_mode(device, config, modes, dtype, lengths, steps=3):
              torch.ones(n, dtype=torch.uint8).numpy()) for n in lengths]
     losses = {}
     for mode in modes:
-        args = SimpleNamespace(recompute=mode[0], offload=mode[1], compile=mode[2], products=dtype)
-        model, _ = train.build_model(args, config, mesh, device, 0)
+        model = train.build_model(config, mesh, getattr(torch, dtype), *mode[:2], reshard=True,
+                                  compiles=mode[2])
+        model.to_empty(device="cpu" if mode[1] == "parameters" else device)
         train.init_weights(model, 0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
         losses[mode] = []
@@ -453,8 +453,9 @@ def run_train(device, folder, recompute, offload, attention, steps=5):
 
     train.load_weights = random_weights
     train.ATTENTION = [BACKENDS[attention]]
-    for name in ("save_checkpoint", "export", "write_run"):  # as of 12 bytes a parameter
+    for name in ("check_weights", "save_checkpoint", "export"):  # as of 12 bytes a parameter
         setattr(train, name, lambda *args: None)
+    train.Log.close = lambda *args: None
     sys.argv = ["train.py", "--model", str(model_dir), "--data", str(rows), "--out", str(out),
                 "--cache", str(folder / "cache"), "--max_seq_len", str(length * documents),
                 "--batch_size", str(documents * rows_a_step), "--max_steps", str(steps),
@@ -494,13 +495,13 @@ def profiled_training(device, folder):
     import train
     profiler, write, seconds = profiler_of(device), train.Log.write, []
 
-    def profiling_write(log, line, flops):  # once a step, when its work is done
+    def profiling_write(log, line):  # once a step, when its work is done
         if line["step"] == 2:
             profiler.start()
         elif line["step"] == 3:
             profiler.stop()
             seconds.append(line["seconds"])
-        return write(log, line, flops)
+        return write(log, line)
     train.Log.write = profiling_write
     run_train(device, folder, "block", "none", "flash" if device == "cuda" else "math")
     where_time_goes("one step of block, flash", profiler, device, *seconds)

@@ -45,14 +45,14 @@ LOSS_SHAPE = dict(T=8192, C=896, V=151936)  # half a row of Qwen2.5-0.5B
 
 
 def loss_worker(kind, dtype):
-    from model import ChunkedCrossEntropy
+    from model import FusedLinearCrossEntropy
     T, C, V = LOSS_SHAPE.values()
     torch.manual_seed(0)
     x, weight, targets = torch.randn(T, C), torch.randn(V, C) / 30, torch.randint(V, (T,))
     x, weight = (t.to(getattr(torch, dtype)).requires_grad_() for t in (x, weight))
     before, start = resident_bytes(), time.perf_counter()
     if kind == "chunked":
-        loss = ChunkedCrossEntropy.apply(x, weight, targets, True)
+        loss = FusedLinearCrossEntropy.apply(x, weight, targets, True)
     else:
         loss = F.cross_entropy(F.linear(x, weight).float(), targets, reduction="sum")
     loss.backward()

@@ -1,5 +1,6 @@
 """data.py: the exact strings and masks, what is read and refused, what packing must not leak."""
 import base64
+import contextlib
 import gzip
 import io
 import json
@@ -224,6 +225,114 @@ def test_the_builtin_tokenizer_is_bytes_and_survives_saving(tmp_path):
     assert (again.eos_token_id, again.pad_token_id) == (258, 256)
 
 
+# Prompts that a template's language, its file format or its blanks might spoil.
+SYSTEMS = {
+    "skyt1": data.SYSTEM_PROMPTS["skyt1"],
+    "quotes": """Say "yes", 'no' or \\"both\\".""",
+    "jinja": "{{ messages }} {% if x %} {# no #} %} }} {%- endraw -%}",
+    "backslashes": r"\\boxed{} \n \u0041 C:\new \\",
+    "blanks": "  \n\n\ttwo lines\r\nand a third \n\n ",
+    "no ASCII": "é 中文 🙂\u2028\x7f\x01 \\ud83d",
+    "empty": "",
+}
+TEMPLATES = {
+    "the built-in one": data.CHATML,
+    "a default in a condition": (  # SmolLM2's
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are small<|im_end|>\n' }}{% endif %}"
+        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
+    "blanks before the first block": (
+        "\n\n  {% for m in messages %}\n  [{{ m.role }}] {{ m.content }}<|im_end|>\n  {%- endfor %}"
+        "\n{% if add_generation_prompt %}\n[assistant] {% endif %}\n"),
+    "the system turn apart": (  # as R1's and Llama's
+        "{%- set ns = namespace(system='none') -%}{%- for m in messages if m.role == 'system' -%}"
+        "{%- set ns.system = m.content -%}{%- endfor -%}{{ bos_token }}<{{ ns.system }}>"
+        "{%- for m in messages if m.role != 'system' -%}\n{{ m.role }}: {{ m.content }}<|im_end|>"
+        "{%- endfor -%}{%- if add_generation_prompt %}{{ '\nassistant: ' }}{% endif %}"),
+}
+
+
+def folder_with(template, folder, place):
+    """A model's tokenizer whose chat template is a string, or "default" of a list, in
+    tokenizer_config.json, or a file beside it, which counts if there are both."""
+    folder.mkdir()
+    builtin_tokenizer().save(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = {"list": [{"name": "tool_use", "template": "tools"},
+                                        {"name": "default", "template": template}],
+                               "string": template, "file": "another"}[place]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if place == "file":
+        (folder / "chat_template.jinja").write_text(template)
+    return load_tokenizer(folder)
+
+
+def check_default_system(tokenizer, folder, system):
+    """The folder saved with a system prompt renders, here and in transformers, what the tokenizer
+    renders with the prompt as a turn."""
+    folder.mkdir()
+    tokenizer.save(folder, system)
+    saved, theirs = load_tokenizer(folder), None
+    with contextlib.suppress(ImportError):
+        from transformers import AutoTokenizer
+        theirs = AutoTokenizer.from_pretrained(folder)
+    own = {"role": "system", "content": "Mine."}
+    for messages in ([USER], [USER, ASSISTANT], [USER, ASSISTANT, USER], [own, USER],
+                     [{"role": "system", "content": ""}, USER]):
+        explicit = messages
+        if messages[0]["role"] != "system":
+            explicit = [{"role": "system", "content": system}, *messages]
+        for generate in (False, True):
+            expected = tokenizer.render(explicit, generate)
+            assert saved.render(messages, generate) == expected
+            assert theirs is None or theirs.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generate) == expected
+    assert saved.end_token == tokenizer.end_token
+    return saved
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("template", ["qwen", *TEMPLATES])
+def test_a_folder_saved_with_a_system_prompt_has_it_as_its_default(request, tmp_path, template,
+                                                                   system):
+    if template == "qwen":
+        template = request.getfixturevalue("qwen").template
+    tokenizer = folder_with(TEMPLATES.get(template, template), tmp_path / "base", "string")
+    check_default_system(tokenizer, tmp_path / "out", SYSTEMS[system])
+
+
+@pytest.mark.parametrize("place", ["list", "string", "file"])
+def test_the_default_is_written_wherever_the_template_was(tmp_path, place):
+    template = TEMPLATES["a default in a condition"]
+    tokenizer = folder_with(template, tmp_path / "base", place)
+    check_default_system(tokenizer, tmp_path / "out", "Be brief.")
+    tokenizer.save(tmp_path)  # without a prompt the folder's files are copied as they are
+    for path in (tmp_path / "base").iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_folder_without_a_template_gets_qwens_with_the_prompt(qwen, tmp_path):
+    (tmp_path / "base").mkdir()
+    os.symlink(qwen.folder / "tokenizer.json", tmp_path / "base" / "tokenizer.json")
+    check_default_system(load_tokenizer(tmp_path / "base"), tmp_path / "out", "Be brief.")
+
+
+def test_the_builtin_tokenizer_and_a_folder_trained_on_further_take_a_prompt(tmp_path):
+    first = check_default_system(builtin_tokenizer(), tmp_path / "first", "one\n{% endif %}")
+    second = check_default_system(first, tmp_path / "second", "two")
+    assert "one" not in second.template
+    again = check_default_system(first, tmp_path / "again", "one\n{% endif %}")
+    assert again.template == first.template
+
+
+def test_a_published_model_takes_a_prompt(tmp_path):
+    """REAL_MODEL_DIR names a chat model in Hugging Face layout."""
+    folder = os.environ.get("REAL_MODEL_DIR") or pytest.skip("needs REAL_MODEL_DIR")
+    for name, system in SYSTEMS.items():
+        check_default_system(load_tokenizer(folder), tmp_path / name, system)
+
+
 # ------------------------------------------------------------------------------------- reading rows
 
 SHAREGPT = {"system": "s",
@@ -323,7 +432,8 @@ BROKEN = {
               "a.jsonl:1: `tests` must be"),
     "not passed": (lines({"prompt": "p", "response": "r", "passed": False}),
                    "a.jsonl:1: a sample that did not pass"),
-    "half a character of a response": (br'{"prompt": "p", "response": "\ud800"}', "a.jsonl:1: `response`"),
+    "half a character of a response": (br'{"prompt": "p", "response": "\ud800"}',
+                                       "a.jsonl:1: `response`"),
     "nested": (b"[" * 100_000, "a.jsonl:1: broken JSON"),
     "endless number": (b"[1" + b"0" * 5000 + b"]", "a.jsonl:1: broken JSON"),
     "no object": (lines(SHAREGPT, [1]), "a.jsonl:2: a row must be an object"),
@@ -496,6 +606,39 @@ def test_the_cache_is_used_and_keyed_by_content_and_settings(tmp_path, monkeypat
     assert len(list(cache.iterdir())) == 3
 
 
+@pytest.mark.parametrize("prompts, systems", [
+    (["s", "s"], ["s"]), ([None, None], [None]), (["s", None], ["s", None]), (["", ""], [None]),
+    (["a\n🙂 ", "b", "c"], ["a\n🙂 ", "b"])])
+def test_rows_know_whether_they_share_a_system_prompt(tmp_path, prompts, systems):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(*({**answer(f"answer {i}"), "system": prompt}
+                             for i, prompt in enumerate(prompts))))
+    for _ in range(2):  # tokenised, and from the cache
+        assert load(path, tmp_path / "cache").systems == systems
+
+
+def test_a_system_turn_and_the_prompt_of_kept_samples_count_as_a_rows_own(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines({"messages": EXPECTED}, {"prompt": "u", "response": "b"}))
+    assert load(path, tmp_path / "cache", system="s").systems == ["s"]
+    assert load(path, tmp_path / "cache", system="none").systems == ["s", None]
+    late = {"messages": [*EXPECTED[1:], {"role": "system", "content": "s"}, *EXPECTED[1:]]}
+    path.write_bytes(lines(late))
+    assert load(path, tmp_path / "cache").systems == [None]
+
+
+def test_a_folder_saved_with_its_rows_prompt_asks_as_they_did(tmp_path):
+    path, out = tmp_path / "a.jsonl", tmp_path / "out"
+    path.write_bytes(lines({"prompt": "u", "response": "a"}))
+    rows = load(path, tmp_path / "cache", system="skyt1", max_seq_len=4000)
+    system, = rows.systems
+    out.mkdir()
+    builtin_tokenizer().save(out, system)
+    saved = load_tokenizer(out)
+    prompt = saved.encode(saved.render(EXPECTED[1:2], add_generation_prompt=True))
+    assert rows[0][0][:len(prompt)].tolist() == prompt and rows[0][1].argmax() == len(prompt)
+
+
 def test_an_interrupt_while_tokenising_leaves_nothing(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(answer("one")))
@@ -509,7 +652,7 @@ def test_an_interrupt_while_tokenising_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, content",
                          [("tokens.bin", b""), ("tokens.bin", b"12345"), ("mask.bin", b"\1"),
-                          ("rows.npy", b"")])
+                          ("rows.npy", b""), ("systems.json", b"")])
 def test_a_damaged_cache_is_refused_by_name(tmp_path, name, content):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(answer("one")))
@@ -573,33 +716,67 @@ QWEN_32B = Qwen2Config(vocab_size=152064, hidden_size=5120, intermediate_size=27
                        num_attention_heads=40, num_key_value_heads=8)
 
 
+def row_lengths(row_of, lengths):
+    return np.bincount(row_of, lengths)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_packing_keeps_every_document_fits_and_balances(ranks):
+def test_every_document_has_a_row_that_it_fits_and_the_ranks_are_balanced(ranks):
     """Batches of 96 like the published rows, costs of the 32B model."""
     rng, excess = np.random.default_rng(0), []
     for _ in range(20):
         lengths = sky_lengths(rng)
         costs = [QWEN_32B.train_flops(int(n)) for n in lengths]
-        packed = pack(lengths, costs, 16384, ranks)
-        assert sorted(i for rows in packed for row in rows for i in row) == list(range(96))
-        assert all(len(rows) == ranks for rows in packed)
-        assert max(sum(lengths[i] for i in row) for rows in packed for row in rows) <= 16384
-        longest_first = np.argsort(-lengths)
-        assert len(packed) == -(-(data.best_fit(longest_first, lengths, 16384).max() + 1) // ranks)
-        excess.append(imbalance(packed, costs))
-    assert max(excess) < 1.05
+        row_of = pack(lengths, costs, 16384, ranks)
+        assert row_of.shape == (96,) and row_of.dtype.kind == "i" and row_of.min() >= 0
+        assert row_lengths(row_of, lengths).max() <= 16384
+        excess.append(imbalance(row_of, costs, ranks))
+    assert max(excess) < 1.05 and np.mean(excess) < 1.02, excess
 
 
-@pytest.mark.parametrize("lengths, ranks",
-                         [([5], 4), ([16, 16, 16], 2), ([1] * 50, 3), ([9, 9, 9, 9, 7, 7, 7, 7], 2),
-                          ([16], 1)])
-def test_packing_of_odd_batches(lengths, ranks):
-    packed = pack(lengths, lengths, 16, ranks)
-    rows_needed = {1: 1, 4: 1, 3: 4, 2: 3 if len(lengths) == 3 else 4}[ranks]
-    assert len(packed) == -(-rows_needed // ranks)
-    assert sorted(i for rows in packed for row in rows for i in row) == list(range(len(lengths)))
-    assert all(len(rows) == ranks and all(sum(lengths[i] for i in row) <= 16 for row in rows)
-               for rows in packed)
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+def test_a_batch_takes_as_few_micro_steps_as_best_fit_packing(ranks):
+    rng = np.random.default_rng(1)
+    for _ in range(10):
+        lengths, free = sky_lengths(rng), []
+        for length in sorted(lengths.tolist(), reverse=True):
+            best = min((room for room in free if room >= length), default=None)
+            if best is not None:
+                free.remove(best)
+            free.append((16384 if best is None else best) - length)
+        row_of = pack(lengths, lengths, 16384, ranks)
+        assert row_of.max() // ranks + 1 == -(-len(free) // ranks)
+
+
+@pytest.mark.parametrize("lengths, ranks, micro_steps",
+                         [([5], 4, 1), ([16, 16, 16], 2, 2), ([1] * 50, 3, 2), ([16], 1, 1),
+                          ([9, 9, 9, 9, 7, 7, 7, 7], 2, 2)])
+def test_packing_of_odd_batches(lengths, ranks, micro_steps):
+    row_of = pack(lengths, lengths, 16, ranks)
+    assert len(row_of) == len(lengths) and row_lengths(row_of, lengths).max() <= 16
+    assert row_of.max() // ranks + 1 == micro_steps
+
+
+def test_the_ranks_of_a_micro_step_take_rows_of_like_cost():
+    row_of = pack([8, 8, 2, 2], [8, 8, 2, 2], 8, 2)
+    assert sorted(row_of[:2]) == [0, 1] and sorted(row_of[2:]) == [2, 3]
+    assert imbalance(row_of, [8, 8, 2, 2], 2) == 1
+
+
+def test_imbalance_is_what_the_slowest_rank_of_each_micro_step_costs():
+    # micro-step 0: costs 3 and 1; micro-step 1: costs 4 and an empty row
+    row_of, costs = np.array([0, 1, 2, 0]), [2, 1, 4, 1]
+    assert imbalance(row_of, costs, 2) == (3 + 4) * 2 / 8
+    assert imbalance(row_of, costs, 1) == 1
+
+
+def test_longest_first_comes_near_the_best_and_local_search_reaches_it():
+    lengths = np.array([2, 3, 2, 3, 2])
+    row_of = data.longest_first(lengths, lengths, 20, 2)
+    assert row_lengths(row_of, lengths).tolist() == [7, 5]  # 3 2 2, 3 2
+    better = data.local_search(row_of, lengths, lengths, 20, 2, 2)
+    assert row_lengths(better, lengths).tolist() == [6, 6]
+    assert data.longest_first(lengths, lengths, 5, 2) is None  # 12 tokens in two rows of 5
 
 
 def test_assembled_rows_shift_targets_within_documents():
@@ -637,6 +814,18 @@ def test_programs_multiply_out_what_the_problem_says():
             for step in steps:
                 value = eval(f"value {step}")
             assert value == test["expected"]
+
+
+@pytest.mark.parametrize("kind", ["worked", "bare"])
+def test_half_of_each_familys_rows_are_asked_without_the_instruction(kind):
+    found = [row["messages"] for row, _ in data.builtin_rows(f"builtin:{kind}:600")]
+    counts = Counter()
+    for (question, answered), problem in zip(found, builtin_problems("rows", 600)):
+        bare = question["content"] == problem["prompt"]
+        assert bare or question["content"] == data.recipe_prompt(problem)
+        assert answered["content"] == problem["solution" if kind == "worked" else "bare"]
+        counts[problem["source"], bare] += 1
+    assert len(counts) == 6 and set(counts.values()) == {100}
 
 
 def test_builtin_splits_share_no_problem_and_harder_ones_are_all_long():
@@ -973,7 +1162,7 @@ def test_the_command_shows_counts_lengths_packing_and_one_row(model_dir, rows_fi
     (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "100", "--end_token", "ZZ"],
      "no token 'ZZ'"),
     (["builtin:worked:10", "--model", "builtin:tiny", "--batch_size", "0"],
-     "--batch_size 0: must be above 0"),
+     "--batch_size: 0 must be above 0"),
     (["builtin:worked:10", "--model", "./nowhere"], "./nowhere does not exist"),
     (["builtin:worked:10", "--model", "builtin:tiny", "--max_seq_len", "200", "--row", "99"],
      "the rows kept are 0 to 9"),
@@ -1103,3 +1292,27 @@ def test_shared_grams_are_those_that_brute_force_finds():
         slow = {" ".join(words[i:i + 5]) for i in range(len(words)) if len(words[i:i + 5]) == 5
                 and any(words[i:i + 5] == others[j:j + 5] for j in range(len(others)))}
         assert data.word_grams(words, 5) & data.word_grams(others, 5) == slow
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "tool", "content": "x"}]])
+def test_qwens_own_template_refuses_what_is_no_chat(messages):
+    with pytest.raises(ValueError, match="messages of system, user and assistant"):
+        data.render_chat(messages)
+
+
+# --------------------------------------------------------------------------------------- the device
+
+@pytest.mark.parametrize("emulates, instructions, expected", [
+    (True, [], False), (True, ["avx512_bf16"], True), (True, ["amx_tile"], True),
+    (False, [], True)])  # the last: arm64, where oneDNN alone is asked
+def test_bf16_that_a_cpu_merely_emulates_is_no_arithmetic(monkeypatch, emulates, instructions,
+                                                          expected):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: emulates)
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported",
+                            lambda name=name: name in instructions)
+    assert data.cpu_multiplies_bf16() == expected
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert not data.cpu_multiplies_bf16()

@@ -45,35 +45,32 @@ def peak_of(events):
     return peak
 
 
-def training_peak(config, T, dtype, recompute, stays_gathered=False, steps=2, micro_steps=2):
+def training_peak(config, T, dtype, recompute, reshard=True, steps=2, micro_steps=2):
     """Bytes of tensors at the peak of some steps as train.main takes them, a row of two documents a
     micro-step, from the empty model on."""
-    args = types.SimpleNamespace(recompute=recompute, offload="none", compile=False,
-                                 products=dtype)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))
     document = np.arange(T // 2) % config.vocab_size, np.ones(T // 2, np.uint8)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        network, kept = train.build_model(args, config, mesh, torch.device("cpu"),
-                                          1e15 if stays_gathered else 0)
-        assert kept == bool(stays_gathered)
+        network = train.build_model(config, mesh, getattr(torch, dtype), recompute, "none", reshard)
+        network.to_empty(device="cpu")
         init_weights(network, 0)
         optimizer = torch.optim.AdamW(network.parameters(), fused=True)
         for _ in range(steps):
             train.forward_backward(network, [document], [[0, 0]] * micro_steps, 1 / T,
-                                   torch.device("cpu"), kept)
+                                   torch.device("cpu"), reshard)
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
     return peak_of(profiler.profiler.kineto_results.experimental_event_tree())
 
 
-def measured_and_estimated(name, dtype, recompute, stays_gathered=False, T=1024):
-    if dtype == "bfloat16" and not model.cpu_multiplies_bf16():
+def measured_and_estimated(name, dtype, recompute, reshard=True, T=1024):
+    if dtype == "bfloat16" and not data.cpu_multiplies_bf16():
         pytest.skip("no run on this CPU computes in bf16, which takes minutes here")
     config = small_config(**SHAPES[name])
     lines = train.memory_estimate(config, T, dist.get_world_size(), recompute, "none",
-                                  getattr(torch, dtype).itemsize, "cpu", stays_gathered)
-    return training_peak(config, T, dtype, recompute, stays_gathered), sum(lines.values())
+                                  getattr(torch, dtype), "cpu", reshard)
+    return training_peak(config, T, dtype, recompute, reshard), sum(lines.values())
 
 
 @pytest.fixture
@@ -106,10 +103,10 @@ def test_tiles_of_the_mlp_and_long_rows_are_estimated_too(alone, monkeypatch):
 def test_the_estimate_is_near_the_measured_peak_of_each_of_two_ranks():
     """Sharded through a batch, and whole through it. What gloo's threads free goes unseen, so that
     a repetition may measure too much, never too little."""
-    cases = [("wide", "bfloat16", "none", 0), ("deep", "bfloat16", "block", 0),
-             ("tied", "float32", "none", 0), ("deep", "float32", "none", 1),
-             ("tied", "bfloat16", "block", 1)]
-    cases = [case for case in cases if case[1] == "float32" or model.cpu_multiplies_bf16()]
+    cases = [("wide", "bfloat16", "none", True), ("deep", "bfloat16", "block", True),
+             ("tied", "float32", "none", True), ("deep", "float32", "none", False),
+             ("tied", "bfloat16", "block", False)]
+    cases = [case for case in cases if case[1] == "float32" or data.cpu_multiplies_bf16()]
     done = run_script(__file__, json.dumps(cases), processes=2)
     results = [json.loads(line) for line in done.stdout.splitlines() if line[0] == "["]
     assert len(results) == len(cases)
@@ -166,29 +163,51 @@ def test_the_plan_of_32b_marks_what_a_run_would_choose(plan, qwen_32b, gpus, exp
     gpus = [gpus] if isinstance(gpus, str) else gpus
     status, printed, _ = plan(*gpus, *qwen_32b)
     assert status == 0 and chosen(printed) == expected
-    nodes, number, *_, gib = train.parse_gpus(gpus[0])
-    args = types.SimpleNamespace(recompute="auto", offload="auto", max_seq_len=16384,
-                                 products="bfloat16")
-    choice = train.choose_memory(QWEN_32B, args, 8 if len(gpus) > 1 else nodes * number,
-                                 train.MEMORY_SHARE["cuda"] * gib * 2 ** 30)
-    assert (choice[0], choice[1].replace("activations", "activat.").replace(
+    nodes, number, name = train.parse_gpus(gpus[0])
+    args = types.SimpleNamespace(recompute="auto", offload="auto",
+                                 shard_size=8 if len(gpus) > 1 else 0)
+    memory = train.MEMORY_SHARE["cuda"] * train.GPUS[name][-1] * 2 ** 30
+    recompute, offload = train.choose_memory(train.memory_choices(
+        args, QWEN_32B, 16384, torch.bfloat16, "cuda", nodes * number), memory)
+    assert (recompute, offload.replace("activations", "activat.").replace(
         "parameters", "param.")) == expected
     assert all(len(line) <= 100 for line in printed.splitlines() if str(qwen_32b[1]) not in line)
     assert "19 h, 152 GPU-hours, 450 dollars" in printed
 
 
 def test_the_parts_of_a_plan_are_those_of_its_gpus():
-    assert train.parse_gpus("8xH100-80GB") == (1, 8, "H100 80 GB", 989, 450, 79.2)
-    assert train.parse_gpus("H200")[:3] == (1, 1, "H200 141 GB")
-    assert train.parse_gpus("2x8xa100-40gb")[:3] == (2, 8, "A100 40 GB")
-    assert train.parse_gpus("4x4090")[:3] == (1, 4, "4090 24 GB")
-    assert train.parse_gpus("8xH100-PCIe")[2:5] == ("H100 PCIe 80 GB", 756, 64)
+    assert train.parse_gpus("8xH100-80GB") == train.parse_gpus("8xh100") == (1, 8, "H100-80GB")
+    assert train.parse_gpus("H200") == (1, 1, "H200-141GB")
+    assert train.parse_gpus("2x8xa100-40gb") == (2, 8, "A100-40GB")
+    assert train.parse_gpus("A100") == (1, 1, "A100-80GB")
+    assert train.parse_gpus("4x4090") == (1, 4, "4090-24GB")
+    assert train.parse_gpus("8xH100-PCIe") == (1, 8, "H100-PCIe-80GB")
+
+
+@pytest.mark.parametrize("device, expected", [
+    ("NVIDIA H100 80GB HBM3", "H100-80GB"), ("NVIDIA H100 PCIe", "H100-PCIe-80GB"),
+    ("NVIDIA H200", "H200-141GB"), ("NVIDIA H20", "H20-96GB"), ("NVIDIA L40S", "L40S-48GB"),
+    ("NVIDIA GH200 480GB", "GH200-96GB"), ("NVIDIA A10", "A10-24GB"), ("NVIDIA A10G", "A10G-24GB"),
+    ("NVIDIA GeForce RTX 4090", "4090-24GB"), ("Tesla T4", None), ("cpu", None)])
+def test_a_device_is_found_by_its_name(device, expected):
+    assert train.find_gpu(device) == expected
+    assert train.find_gpu("NVIDIA A100-SXM4-80GB").startswith("A100")
+
+
+def test_the_price_is_the_flag_s_or_the_recipe_s_for_its_own_gpu():
+    def price(dollars, name):
+        return train.price_of(types.SimpleNamespace(dollars_per_gpu_hour=dollars), name)
+    assert price(None, "NVIDIA H100 80GB HBM3") == price(None, "H100-80GB") == 2.96
+    assert all(price(None, name) is None for name in ("NVIDIA H200", "NVIDIA H100 PCIe", "cpu"))
+    assert price(1.5, "NVIDIA H100 80GB HBM3") == price(1.5, "Tesla T4") == 1.5
+    assert price(0.0, "H100-80GB") == 0
 
 
 @pytest.mark.parametrize("gpus, said", [
     ("8x", "write it as 8xH100"), ("", "argument --plan: an empty text"),
-    ("x8xH100", "is not in the table"), ("8xH300", "H100 PCIe, H100, H200"), ("0xH100", "numbers above 0"),
-    ("8xH100-40GB", "comes with 80 GB")])
+    ("x8xH100", "write it as 8xH100"), ("8xH300", "known are H100-80GB, H100-PCIe-80GB"),
+    ("0xH100", "write it as 8xH100"), ("2x2x8xH100", "write it as 8xH100"),
+    ("8xH100-40GB", "A100-80GB, A100-40GB")])
 def test_unknown_gpus_are_refused_in_one_line(plan, model_dir, rows_file, gpus, said):
     status, _, error = plan(gpus, "--model", model_dir, "--data", rows_file)
     assert status == 2 and said in error and len(error.splitlines()) == 1
@@ -204,25 +223,60 @@ def test_a_plan_that_does_not_fit_says_what_is_missing(plan, qwen_32b):
 def test_the_flops_of_a_plan_are_those_of_its_rows(qwen_32b, rows_file, tmp_path):
     rows = data.load_rows([rows_file], data.builtin_tokenizer(), 512, cache=tmp_path, quiet=True)
     args = types.SimpleNamespace(batch_size=16, num_train_epochs=2, max_steps=0, seed=0,
-                                 max_seq_len=512)
+                                 max_seq_len=None)
     num_steps = train.run_length(args, len(rows))
-    plan = train.plan_data(rows, args, QWEN_32B, num_steps, 2)
-    assert plan["flops"] == 2 * sum(QWEN_32B.train_flops(int(n)) for n in rows.lengths)
-    assert plan["tokens"] == 2 * rows.lengths.sum() and plan["packed_steps"] == num_steps
-    # a document alone: two thirds more forward pass of blocks is a third more of theirs
-    flops, head = QWEN_32B.train_flops(100), 6 * QWEN_32B.vocab_size * QWEN_32B.hidden_size * 100
-    assert train.executed_flops(QWEN_32B, flops, 100, "block") == pytest.approx(
-        flops + (flops - head) / 3)
-    assert train.executed_flops(QWEN_32B, flops, 100, "none") == flops
+    plan = train.plan_data(rows, args, QWEN_32B, 512, num_steps, 2)
+    flops = 2 * sum(QWEN_32B.train_flops(int(n)) for n in rows.lengths)
+    assert plan["flops"] == pytest.approx(flops, rel=1e-12)
+    assert plan["imbalance"] >= 1 and 0 < plan["filled"] <= 1
 
 
 def test_traffic_is_that_of_rings_and_of_the_links_they_cross():
-    size = train.parameter_count(QWEN_32B)
-    traffic = train.step_traffic(QWEN_32B, 16, 8, 8, 450, 3, 2)
-    assert [t[1] / size for t in traffic] == pytest.approx([3 * 4 * 7 / 8, 3 * 4 * 7 / 8, 3 / 2])
-    assert [t[2] for t in traffic] == [450, 450, train.NETWORK]
-    assert [t[2] for t in train.step_traffic(QWEN_32B, 16, 16, 8, 450, 3, 2)] == [50, 50]
-    assert [t[1] for t in train.step_traffic(QWEN_32B, 1, 1, 1, 450, 3, 2)] == [0, 0]
+    def traffic(world_size, shard_size, reshard=True):
+        """Bytes a parameter and GPUs spanned of each line."""
+        return [(sent / QWEN_32B.num_parameters, span) for _, sent, span in
+                train.step_traffic(QWEN_32B, world_size, shard_size, 3, reshard, 2)]
+    assert np.allclose(traffic(16, 8), [(3 * 4 * 7 / 8, 8), (3 * 4 * 7 / 8, 8), (3 / 2, 16)])
+    assert [span for _, span in traffic(16, 16)] == [16, 16]
+    assert np.allclose(traffic(8, 8, reshard=False), [(2 * 7 / 8, 8), (4 * 7 / 8, 8)])
+    assert np.allclose(traffic(2, 1), [(3 * 8 / 2, 2)])
+    assert traffic(1, 1) == []
+
+
+def test_the_plan_of_several_nodes_counts_with_their_network(plan, qwen_32b):
+    printed = plan("2x8xH100", *qwen_32b, "--shard_size", 8)[1]
+    lines = [line for line in printed.splitlines() if line.startswith("a GPU's")]
+    assert [line[-12:] for line in lines] == ["inside a node"[-12:]] * 2 + ["etween nodes"]
+    assert "at 450 GB/s" in lines[0] and "at 50 GB/s" in lines[2]
+
+
+def test_the_plan_of_one_gpu_speaks_of_no_other(plan, qwen_32b):
+    printed = plan("H200", *qwen_32b, "--offload", "parameters", "--recompute", "tiled")[1]
+    assert "chosen" in printed
+    for word in ("gather", "reduce", "GB/s"):
+        assert word not in printed and word in plan("8xH200", *qwen_32b)[1]
+
+
+def test_a_plan_has_dollars_where_a_price_is_known_or_given(plan, qwen_32b):
+    assert "dollars at 2.96 an hour" in plan("8xH100", *qwen_32b)[1]
+    assert "for dollars give --dollars_per_gpu_hour" in plan("8xH200", *qwen_32b)[1]
+    for gpus in ("8xH100", "8xH200"):
+        printed = plan(gpus, *qwen_32b, "--dollars_per_gpu_hour", 1.5)[1]
+        assert "dollars at 1.5 an hour" in printed and "for dollars give" not in printed
+
+
+def test_times_come_in_units_that_suit_them():
+    assert [train.duration(s) for s in (0.00123, 0.5, 1, 59, 90, 5400, 360000)] == [
+        "1.23 ms", "500.00 ms", "1.00 s", "59.00 s", "1.50 minutes", "1.50 hours", "100.00 hours"]
+
+
+def test_a_plan_of_a_small_model_warns_that_its_mfu_is_a_large_one_s(plan, qwen_32b, tmp_path):
+    warning = "warning: such an MFU takes"
+    assert warning not in plan("8xH100", *qwen_32b)[1]
+    assert warning in plan("8xH100", *qwen_32b, "--dtype", "float32")[1]
+    printed = plan("H100", "--max_steps", 4)[1]  # builtin:tiny
+    assert warning in printed and "less than 0.1 GPU-hours" in printed
+    assert warning not in plan("H100", "--max_steps", 4, "--mfu", 0.001)[1]
 
 
 @pytest.mark.slow

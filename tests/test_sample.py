@@ -44,7 +44,7 @@ def test_greedy_tokens_equal_the_full_forward_pass_in_a_mixed_batch(shape):
 
 def test_cached_logits_equal_full_logits():
     model, (prompt,) = small_model(), prompts_of(20)
-    cache = sample.KeyValueCache(model.config, 3, 64, torch.float32, "cpu")
+    cache = sample.KVCache(model.config, 3, 64, torch.float32, "cpu")
     full = model(torch.tensor([prompt]))[0]
     with torch.inference_mode():
         logits = [cache.prefill(model, torch.tensor(prompt[:5]), 1)]
@@ -106,20 +106,20 @@ def test_packed_weights_are_as_near_to_the_exact_ones_as_plain_ones(shape, dtype
     ids = torch.tensor(prompts_of(50))
     expected, before = exact(ids), plain(ids)
     fused = sample.fuse(plain)
-    packs = MKLDNN if dtype == torch.float32 else sample.cpu_multiplies_bf16()
+    packs = MKLDNN if dtype == torch.float32 else sample.data.cpu_multiplies_bf16()
     assert (fused.model.layers[0].mlp.down_proj.weight.layout == torch._mkldnn) == packs
     assert (fused(ids) - expected).norm() < 1.1 * (before - expected).norm() + 1e-6
 
 
 def test_float32_replaces_bfloat16_only_where_it_is_faster_and_fits(monkeypatch):
     config = small_model().config
-    monkeypatch.setattr(sample, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(sample.data, "cpu_multiplies_bf16", lambda: False)
     assert sample.computed_in("bfloat16", config, "cpu", 16) == "float32"
     for other in (("bfloat16", config, "cpu", 1), ("bfloat16", config, "cuda:0", 16)):
         assert sample.computed_in(*other) == "bfloat16"
     big = replace(config, vocab_size=10 ** 6, hidden_size=10 ** 6)
     assert sample.computed_in("bfloat16", big, "cpu", 16) == "bfloat16"
-    monkeypatch.setattr(sample, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(sample.data, "cpu_multiplies_bf16", lambda: True)
     assert sample.computed_in("bfloat16", config, "cpu", 16) == "bfloat16"
 
 
@@ -317,7 +317,8 @@ def test_one_prompt_is_answered_on_standard_output(model_dir):
     assert "error: a chat is one process" in refused.stderr
 
 
-@pytest.mark.parametrize("flags, word", [(["--n", "0"], "--n 0"), (["--top_p", "2"], "--top_p"),
+@pytest.mark.parametrize("flags, word", [(["--n", "0"], "--n: 0 must be above 0"),
+                                         (["--top_p", "2"], "--top_p"),
                                          (["--max_new_tokens", "600"], "512"),
                                          (["--max_batch_tokens", "9"], "--max_batch_tokens"),
                                          (["--tensor_parallel", "2"], "torchrun"),
@@ -401,7 +402,8 @@ def test_a_refused_run_leaves_nothing(model_dir, problems, tmp_path, monkeypatch
             ([*asks, "--max_new_tokens", 100_000], "positions"),
             ([*asks, "--max_batch_tokens", 3], "max_batch_tokens"),
             ([*asks, "--prompt", "x"], "name one"), ([*asks, "--top_p", 2], "--top_p above 0"),
-            ([*asks, "--n", "x"], "invalid int"), ([*asks, "--system", "\udcff"], "half a char"),
+            ([*asks, "--n", "x"], "--n: invalid 'count' value: 'x'"),
+            ([*asks, "--system", "\udcff"], "half a char"),
             (["--model", model_dir, "--rewrite", odd], "odd.jsonl:1: a sample needs `source`"),
             (["--problems", problems, "--endpoint", "x", "--endpoint_model", "m"], "unknown url")):
         with pytest.raises((ValueError, OSError), match=said):

@@ -1538,7 +1538,7 @@ def main():
         "fewer)", type="count")
     add("--batch_size", "examples of one optimizer step", type="count", default=96)
     add("--num_ranks", "GPUs to plan the packing for", type="count", default=8)
-    add("--seed", "of the order", type=int, default=42)
+    add("--seed", "of the order", type="seed", default=42)
     add("--end_token", "end of an assistant's turn, instead of the template's")
     add("--system", "system prompt of kept samples: skyt1, qwq, none, or a text", default="skyt1")
     add("--as_published", "keep duplicates, truncate long rows", action="store_true")

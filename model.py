@@ -315,25 +315,27 @@ class Qwen2(nn.Module):
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
             if len(shards) == 1:
                 file = "model.safetensors"
-            gathered = {}
+            tensors = {}
             for name in names:
                 tensor = state[name].to(dtype)  # before gathering: half the traffic
                 if isinstance(tensor, DTensor):
                     tensor = tensor.full_tensor()
                 if is_rank_0():
-                    gathered[name] = tensor.cpu()
+                    tensors[name] = tensor.cpu()
                 file_of[name] = file
             if is_rank_0():
-                atomic_write(model_dir / file, [save(gathered, {"format": "pt"})])
+                atomic_write(model_dir / file, [save(tensors, {"format": "pt"})])
             barrier()
         if is_rank_0():
-            for path in model_dir.glob("model*.safetensors*"):  # of a save in other shards
+            for path in model_dir.glob("model*.safetensors"):  # of a save in other shards
                 if path.name not in file_of.values():
                     path.unlink()
+            index = model_dir / INDEX
             if len(shards) > 1:
                 num_bytes = sum(tensor.numel() for tensor in state.values()) * dtype.itemsize
-                write_json(model_dir / INDEX, {"metadata": {"total_size": num_bytes},
-                                               "weight_map": file_of})
+                write_json(index, {"metadata": {"total_size": num_bytes}, "weight_map": file_of})
+            else:
+                index.unlink(missing_ok=True)
         barrier()
 
 
@@ -659,8 +661,17 @@ def is_rank_0():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def gathered(value):
+    """Each rank's value, on every rank. A rank that fails before it comes here says why and ends;
+    the others hear of it at once (objects go over gloo; NCCL would wait), and leave the word to it.
+    """
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def barrier():
-    """Waits for all ranks; an error where one has died. Objects go over gloo, which hears of that
-    at once, where NCCL's own barrier would wait."""
-    if dist.is_initialized():
-        dist.all_gather_object([None] * dist.get_world_size(), None)
+    """Waits for all ranks; an error where one has died."""
+    gathered(None)

@@ -44,8 +44,7 @@ from tqdm import tqdm
 
 import data
 from data import TAGS
-from model import (KVCache, Qwen2, Qwen2Config, atomic_write, check_weights,
-                   rotate)
+from model import KVCache, Qwen2, Qwen2Config, atomic_write, check_weights, rotate
 
 SLOTS = {"cpu": 16, "cuda": 64}     # rows of a batch, where memory has room for so many
 INTERVAL = {"cpu": 1, "cuda": 16}   # steps between looks at the tokens: on CUDA each look waits

@@ -60,8 +60,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import data
-from model import (BUILTIN, LOSS_CHUNK, MLP_TILE, Qwen2, atomic_write, barrier,
-                   check_weights, init_weights, load_weights, sync, write_json)
+from model import (BUILTIN, LOSS_CHUNK, MLP_TILE, Qwen2, atomic_write, barrier, check_weights,
+                   gathered, init_weights, load_weights, sync, write_json)
 from sample import answer_heldout
 
 RECIPE = dict(data=["NovaSky-AI/Sky-T1_data_17k"], num_train_epochs=3, max_steps=0, batch_size=96,
@@ -183,6 +183,7 @@ def main():
     if broadcast(here) != here:
         raise ValueError(f"rank {rank} sees another model, other data, or another kind of CPU than "
                          "rank 0: give every node the same")
+    # rank 0 alone looks at the folder, and tells the others
     lock, *claimed = claim_folder(args, identity, model) if rank == 0 else [None]
     out, newest, finished = broadcast(claimed)
     if finished:
@@ -307,14 +308,6 @@ def build_mesh(device, world_size, shard_size):
     mesh = init_device_mesh(device.type, (world_size // shard_size, shard_size),
                             mesh_dim_names=("replicate", "shard"))
     return mesh if shard_size < world_size else mesh["shard"]
-
-
-def gathered(value):
-    """Each rank's value, on every rank. A rank that fails before it comes here says why and ends;
-    the others hear that it died, and leave the word to it (data.give_up)."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)  # over gloo: NCCL would wait for the dead
-    return values
 
 
 def broadcast(value):

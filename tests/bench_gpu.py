@@ -581,7 +581,7 @@ def transformers_training(device, folder, steps=4):
 def peak_flops():
     import train
     if torch.cuda.is_available():
-        return train.peak_flops(torch.device("cuda"))
+        return train.peak_flops(torch.cuda.get_device_name())
 
 
 # -------------------------------------------------------------------------------------- 3. sampling

@@ -373,8 +373,10 @@ def test_saved_files_hold_every_tensor_once_and_load_again(tmp_path, dtype, max_
 def test_saving_again_leaves_no_stale_shard(tmp_path):
     model = small_model()
     model.save_pretrained(tmp_path, max_shard_bytes=30_000)
+    (tmp_path / "model.safetensors.bak").touch()  # a user's own
     model.save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors",
+                                                    "model.safetensors.bak"}
 
 
 @pytest.mark.parametrize("max_shard_bytes", [30_000, 10 ** 9])

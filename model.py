@@ -631,7 +631,7 @@ def load_weights(model, model_dir):
 
 def atomic_write(path, pieces):
     """Writes buffers to a file beside `path`, makes them durable, renames: no name ever holds half
-    a file. OSError if that fails; what was there before stays."""
+    a file. OSError if that fails; what was there before stays, also where `pieces` raises."""
     tmp = path.with_name(path.name + ".tmp")
     try:
         with open(tmp, "wb") as file:
@@ -640,8 +640,11 @@ def atomic_write(path, pieces):
         os.replace(tmp, path)
         sync(path.parent)
     except OSError as error:
-        tmp.unlink(missing_ok=True)
+        if error.filename not in (None, str(tmp)):  # what pieces read
+            raise
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from None
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def write_json(path, value):

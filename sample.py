@@ -1205,6 +1205,7 @@ def parse_arguments():
     add("--max_difficulty", "only problems of this grade or below", type=int)
     add("--problems", "sample answers to files, data sets, builtin:heldout, or a benchmark: "
                       + ", ".join(data.EVALUATIONS), nargs="+", type="path")
+    data.add_selection(add)
     add("--out", "the samples, a JSON object a line; goes on where it stopped",
         default="samples.jsonl", type="path")
     add("--n", "samples of each problem (1, or the benchmark's own number)", type="count")
@@ -1264,7 +1265,7 @@ def check_combination(args):
 def benchmark_defaults(args):
     """--n and --temperature where not given: those of the benchmarks named, which must agree."""
     wanted = {(e.n, e.temperature) for name in args.problems or ()
-              if (e := data.EVALUATIONS.get(Path(name).name))} or {(1, 0.7)}
+              if (e := data.find_evaluation(name))} or {(1, 0.7)}
     if len(wanted) > 1 and None in (args.n, args.temperature):
         raise ValueError(f"{', '.join(args.problems)} are sampled differently: run them one by "
                          "one, or give --n and --temperature")
@@ -1285,7 +1286,7 @@ def read_samples(path):
 
 def chosen_problems(args, rank):
     """--problems within --limit and the difficulties asked for."""
-    problems = list(data.read_problems(args.problems))
+    problems = list(data.read_problems(args.problems, split=args.split, where=args.where))
     if args.min_difficulty is not None or args.max_difficulty is not None:
         low, high = args.min_difficulty or 0, args.max_difficulty or 10
         for problem in problems:

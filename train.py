@@ -88,6 +88,7 @@ def parse_arguments():
     add("--model", "folder in Hugging Face layout, hub name, or builtin:tiny",
         default="builtin:tiny", type="path")
     add("--data", "files, hub data sets, builtin:worked, builtin:bare", nargs="+", type="path")
+    data.add_selection(add)
     add("--eval_data", "held-out rows: their loss is measured at each save", nargs="+",
         type="path")
     add("--out", "output folder, then itself a --model (default: a fresh one under out/)",
@@ -271,7 +272,8 @@ def main():
         write_results(out, settings, log.lines, price_of(args, settings["device"]))
         answers = (answer_heldout(Qwen2.from_pretrained(out), tokenizer, stop_ids, 60)
                    if is_lesson else [])
-        print_end(out, args.data, answers)
+        selection = ["--split", args.split] * bool(args.split) + ["--where"] * bool(args.where)
+        print_end(out, args.data + selection + args.where, answers)
     release(lock)
 
 
@@ -1056,8 +1058,9 @@ def duration(seconds):
 def print_input(args, rows, config, plan, num_steps):
     """Model, rows, steps, and how they pack."""
     print(f"{args.model}: {config.num_parameters:,} parameters, computed in {args.dtype}\n"
-          f"{len(rows):,} rows, {rows.lengths.sum():,} tokens, {rows.num_targets.sum():,} of them "
-          f"targets; mean {rows.lengths.mean():,.0f} tokens, longest {rows.lengths.max():,}\n"
+          f"{data.summary_of(rows.counts)}\n{rows.lengths.sum():,} tokens, "
+          f"{rows.num_targets.sum():,} of them targets; mean {rows.lengths.mean():,.0f} tokens, "
+          f"longest {rows.lengths.max():,}\n"
           f"{num_steps:,} steps of up to {args.batch_size} rows; {plan['micro_steps']:.2f} packed "
           f"rows a GPU and step (micro-steps),\n  {plan['filled']:.0%} full, the slowest GPU "
           f"{plan['imbalance']:.3f} of the mean\n")

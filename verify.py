@@ -2733,8 +2733,9 @@ def majority(samples):
     return (True in leaders) / len(leaders)
 
 
-# Accuracies as published (novasky-ai.github.io/posts/sky-t1; MATH500 after the prompt's repair), by
-# the names of data.EVALUATIONS.
+# Accuracies as published (novasky-ai.github.io/posts/sky-t1; MATH500 after the prompt's repair, and
+# OlympiadBench's English maths: README of github.com/NovaSky-AI/SkyThought), by the names of
+# data.EVALUATIONS.
 MODELS = ("Sky-T1-32B-Preview", "Qwen2.5-32B-Instruct", "QwQ-32B-Preview", "o1-preview")
 PUBLISHED = {
     "math500": (86.4, 81.4, 92.2, 81.4),
@@ -2743,6 +2744,7 @@ PUBLISHED = {
     "livecodebench_medium": (56.8, 40.8, 56.3, 54.9),
     "livecodebench_hard": (17.9, 9.8, 17.1, 16.3),
     "gpqa_diamond": (56.8, 45.5, 52.5, 75.2),
+    "olympiadbench": (59.79, 46.74, 62.17, 59.2),
 }
 
 

@@ -1,7 +1,9 @@
 """data.py: the exact strings and masks, what is read and refused, what packing must not leak."""
 import base64
 import contextlib
+import errno
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -13,6 +15,7 @@ import time
 import zlib
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,8 +43,13 @@ CONVERSATIONS = {
 
 
 @pytest.fixture(scope="session")
-def qwen():
-    return load_tokenizer(shared_file("qwen2.5-tokenizer/tokenizer.json").parent)
+def qwen_folder():
+    return shared_file("qwen2.5-tokenizer/tokenizer.json").parent
+
+
+@pytest.fixture(scope="session")
+def qwen(qwen_folder):
+    return load_tokenizer(qwen_folder)
 
 
 # ---------------------------------------------------------------------- tokenizer and chat template
@@ -148,7 +156,7 @@ def test_a_template_that_cannot_work_is_refused(template, says):
         encode_conversation(tokenizer, [USER, ASSISTANT])
 
 
-@pytest.mark.parametrize("config", [{"eos_token": 3}, {"chat_template": [{"name": "default"}]}])
+@pytest.mark.parametrize("config", [{"pad_token": 3}, {"chat_template": [{"name": "default"}]}])
 def test_a_broken_tokenizer_config_is_named(tmp_path, config):
     builtin_tokenizer().save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -197,17 +205,17 @@ def test_an_answer_without_loss_is_encoded_as_a_chat_would_show_it(qwen):
     assert ids == qwen.encode(render_chat([USER, first])) and not any(mask)
 
 
-def test_load_tokenizer_needs_only_tokenizer_json(qwen, tmp_path):
-    os.symlink(qwen.folder / "tokenizer.json", tmp_path / "tokenizer.json")
+def test_load_tokenizer_needs_only_tokenizer_json(qwen, qwen_folder, tmp_path):
+    os.symlink(qwen_folder / "tokenizer.json", tmp_path / "tokenizer.json")
     bare = load_tokenizer(tmp_path)
     assert bare.end_token == "<|im_end|>" and bare.encode("Hello world") == [9707, 1879]
     assert encode_conversation(bare, [USER, ASSISTANT]) == encode_conversation(qwen,
                                                                                [USER, ASSISTANT])
 
 
-def test_tokenizer_equals_transformers(qwen):
+def test_tokenizer_equals_transformers(qwen, qwen_folder):
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoTokenizer.from_pretrained(qwen.folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(qwen_folder)
     for messages in CONVERSATIONS.values():
         assert render_chat(messages) == theirs.apply_chat_template(messages, tokenize=False)
     for text in ("e\u0301 Ünïcode 中文 🙂", "x = 3.14159\n\n\n  y", "<|im_start|>system"):
@@ -222,7 +230,7 @@ def test_the_builtin_tokenizer_is_bytes_and_survives_saving(tmp_path):
     tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
     assert again.encode(text) == tokenizer.encode(text) and again.template == tokenizer.template
-    assert (again.eos_token_id, again.pad_token_id) == (258, 256)
+    assert (again.token_id(again.end_token), again.pad_token_id) == (258, 256)
 
 
 # Prompts that a template's language, its file format or its blanks might spoil.
@@ -312,9 +320,9 @@ def test_the_default_is_written_wherever_the_template_was(tmp_path, place):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_folder_without_a_template_gets_qwens_with_the_prompt(qwen, tmp_path):
+def test_a_folder_without_a_template_gets_qwens_with_the_prompt(qwen_folder, tmp_path):
     (tmp_path / "base").mkdir()
-    os.symlink(qwen.folder / "tokenizer.json", tmp_path / "base" / "tokenizer.json")
+    os.symlink(qwen_folder / "tokenizer.json", tmp_path / "base" / "tokenizer.json")
     check_default_system(load_tokenizer(tmp_path / "base"), tmp_path / "out", "Be brief.")
 
 
@@ -414,7 +422,7 @@ BROKEN = {
                         "a.jsonl:\\d+: broken JSON"),
     "cut after a row": (b"[" + lines(SHAREGPT), "a.jsonl:1: broken JSON"),
     "two arrays": (b"[" + lines(SHAREGPT) + b"]\n[" + lines(SHAREGPT) + b"]",
-                   "a.jsonl:2: broken JSON .* after the array"),
+                   "a.jsonl:2: broken JSON"),
     "trailing comma": (b"[" + lines(SHAREGPT) + b",\n]", "a.jsonl:2: broken JSON"),
     "no comma": (b"[" + lines(SHAREGPT, SHAREGPT) + b"]", "a.jsonl:2: broken JSON"),
     "array not UTF-8": (b"[" + lines(SHAREGPT) + b",\n\"\xff\"]", "a.jsonl:2: not UTF-8"),
@@ -541,6 +549,279 @@ def test_a_folder_is_read_by_its_train_split_if_it_has_one(tmp_path):
     assert [p.name for p in data.find_data(tmp_path)] == ["train-00.jsonl"]
 
 
+# ---- finding files
+
+def names_of(folder, **options):
+    return [str(path.relative_to(folder)) for path in data.find_data(folder, **options)]
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+
+
+def test_a_folders_files_hidden_ones_linked_ones_and_capital_suffixes(tmp_path, capsys):
+    touch(tmp_path / "there", "c.jsonl")
+    folder = tmp_path / "set"
+    touch(folder, ".ipynb_checkpoints/a-checkpoint.jsonl", ".b.jsonl", "a.JSONL", "b/x.Json",
+          "dataset_infos.json", "notes.txt")
+    (folder / "linked").symlink_to(tmp_path / "there")
+    (folder / "b" / "back").symlink_to(folder)
+    (folder / "b" / "self").symlink_to(folder / "b")
+    assert names_of(folder) == ["a.JSONL", "b/x.Json", "linked/c.jsonl"]
+    assert "a.JSONL, b/x.Json, linked/c.jsonl" in capsys.readouterr().err
+
+
+SPLITS = {
+    ("train.jsonl", "test.jsonl", "train_extra.jsonl"): {
+        None: ["train.jsonl"], "test": ["test.jsonl"], "train,test": ["train.jsonl", "test.jsonl"],
+        "Test": ["test.jsonl"], "train_extra": ["train_extra.jsonl"],
+        "dev": "has no split dev: its files are test.jsonl, train.jsonl"},
+    ("main/train-00000-of-00001.json", "main/test-00000-of-00001.json",
+     "socratic/train-00000-of-00001.json", "socratic/test-00000-of-00001.json"): {
+        None: "holds several sets, such as main/train and socratic/train: .* --split main/train",
+        "test": "several sets", "main/test": ["main/test-00000-of-00001.json"],
+        "socratic/train": ["socratic/train-00000-of-00001.json"]},
+    ("data/train-00000-of-00002.json", "data/train-00001-of-00002.json", "data/test.json"): {
+        None: ["data/train-00000-of-00002.json", "data/train-00001-of-00002.json"]},
+    ("train-00000-of-00002.json", "train-00000-of-00003.json", "train-00001-of-00002.json"): {
+        None: "several sets"},
+    ("test.jsonl", "test2.jsonl", "test3.jsonl"): {
+        None: ["test.jsonl", "test2.jsonl", "test3.jsonl"], "test": ["test.jsonl"],
+        "test2": ["test2.jsonl"], "test,test2": ["test.jsonl", "test2.jsonl"]},
+    ("train/part1.csv", "train/part2.csv", "test/part1.csv"): {
+        None: ["train/part1.csv", "train/part2.csv"]},
+    ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "constraints.jsonl"): {
+        None: ["gsm8k_train.jsonl"], "test": ["gsm8k_test.jsonl"]},
+    ("data/train-00000-of-00002-8ea4cd0fa0ec7c75.json",
+     "data/train-00001-of-00002-62ca8a5ff9fa6ea3.json", "data/test-00000-of-00001-a09b74b3.json"): {
+        None: ["data/train-00000-of-00002-8ea4cd0fa0ec7c75.json",
+               "data/train-00001-of-00002-62ca8a5ff9fa6ea3.json"],
+        "data/test": ["data/test-00000-of-00001-a09b74b3.json"]},
+    ("maths.jsonl", "code.jsonl"): {None: ["code.jsonl", "maths.jsonl"], "code": ["code.jsonl"]},
+}
+
+
+@pytest.mark.parametrize("names", SPLITS)
+def test_a_split_is_taken_by_name_and_sets_are_not_mixed(tmp_path, names):
+    touch(tmp_path, *names)
+    for split, expected in SPLITS[names].items():
+        if isinstance(expected, list):
+            assert names_of(tmp_path, split=split) == expected
+        else:
+            with pytest.raises(ValueError, match=expected):
+                data.find_data(tmp_path, split)
+
+
+class Hub:
+    """What huggingface_hub would answer about a data set; nothing is asked for."""
+
+    def __init__(self, monkeypatch, folder, *names):
+        self.folder, self.names, self.fetched = folder, names, []
+        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", self.info)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", self.download)
+
+    def info(self, name, **options):
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self.names])
+
+    def download(self, name, repo_type, allow_patterns):
+        self.fetched += allow_patterns
+        touch(self.folder, *allow_patterns)
+        return str(self.folder)
+
+
+def test_of_a_hub_data_set_only_the_split_is_fetched(tmp_path, monkeypatch):
+    hub = Hub(monkeypatch, tmp_path, "README.md", "main/train.jsonl", "main/test.jsonl",
+              "socratic/test.jsonl")
+    path, = data.find_data("openai/gsm8k", "main/test")
+    assert hub.fetched == ["main/test.jsonl"] and path == tmp_path / "main/test.jsonl"
+    assert data.find_data("gsm8k") == [path]
+    with pytest.raises(ValueError, match="openai/gsm8k holds several sets"):
+        data.find_data("openai/gsm8k", "test")
+    with pytest.raises(ValueError, match="has no split validation: its files are main/test.jsonl"):
+        data.find_data("openai/gsm8k", "validation")
+    hub.names = ["gpqa_diamond.csv", "gpqa_main.csv"]  # no split: still two sets
+    with pytest.raises(ValueError, match="several sets"):
+        data.find_data("Idavidrein/gpqa")
+
+
+def test_without_pyarrow_parquet_is_refused_before_anything_is_fetched(tmp_path, monkeypatch):
+    hub = Hub(monkeypatch, tmp_path, "data/train-00000-of-00001.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match="owner/name: .*pip install pyarrow"):
+        data.find_data("owner/name")
+    assert not hub.fetched
+    touch(tmp_path, "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet: .*pip install pyarrow"):
+        list(read_rows(tmp_path / "a.parquet"))
+
+
+# Names under which the hub had them, as far as other projects' loaders tell, and what lies beside.
+PUBLISHED = {
+    "math500": (["test.jsonl"], []),
+    "aime24": (["data/train-00000-of-00001.parquet"], []),
+    "olympiadbench": (["OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet"],
+                      ["OlympiadBench/TP_TO_maths_en_COMP/TP_TO_maths_en_COMP.parquet"]),
+    "gsm8k": (["main/test-00000-of-00001.parquet"],
+              ["main/train-00000-of-00001.parquet", "socratic/test-00000-of-00001.parquet"]),
+    "gpqa_diamond": (["gpqa_diamond.csv"], ["gpqa_main.csv", "gpqa_extended.csv"]),
+    "mmlu_pro": (["data/test-00000-of-00001.parquet"], ["data/validation-00000-of-00001.parquet"]),
+    "arc_challenge": (["ARC-Challenge/test-00000-of-00001.parquet"],
+                      ["ARC-Easy/test-00000-of-00001.parquet"]),
+    "livecodebench": (["test.jsonl", "test2.jsonl"], ["test3.jsonl"]),
+    "mbpp": (["full/test-00000-of-00001.parquet"], ["sanitized/test-00000-of-00001.parquet"]),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_of_a_benchmark_its_own_split_is_fetched(tmp_path, monkeypatch, name):
+    files, others = PUBLISHED[name]
+    hub = Hub(monkeypatch, tmp_path / "hub", *files, *others)
+    monkeypatch.setattr(data, "import_parquet", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    assert [str(path.relative_to(tmp_path / "hub")) for path in data.find_data(name)] == files
+    assert hub.fetched == files
+
+
+def test_a_benchmarks_missing_split_is_never_another_one(tmp_path, monkeypatch):
+    touch(tmp_path / "gsm8k", "train.jsonl", "test.jsonl")
+    with pytest.raises(ValueError, match="has no split main/test: its files are test.jsonl, train"):
+        data.find_data(tmp_path / "gsm8k")
+    assert names_of(tmp_path / "gsm8k", split="test") == ["test.jsonl"]
+    hub = Hub(monkeypatch, tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *a: 1 / 0)  # offline
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **b: str(hub.folder))
+    touch(tmp_path / "hub", "test.jsonl")  # fetched before, for an evaluation
+    with pytest.raises(ValueError, match="owner/name has no split train: its files are test.jsonl"):
+        data.find_data("owner/name")
+    assert data.find_data("owner/name", "test") == [tmp_path / "hub" / "test.jsonl"]
+
+
+# ---- rows of other files
+
+def test_rows_may_be_all_of_an_object(tmp_path):
+    for key in ("data", "rows"):
+        (tmp_path / "a.json").write_text(json.dumps({key: [SHAREGPT, SHAREGPT]}, indent=2))
+        assert [row for row, _ in read_rows(tmp_path / "a.json")] == [SHAREGPT, SHAREGPT]
+    row = {"test": ["a"], "question": "q"}  # no wrapper in a file of rows
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    assert list(read_rows(tmp_path / "a.jsonl")) == [(row, 1)]
+    (tmp_path / "a.json").write_text(json.dumps({"records": [SHAREGPT]}))
+    with pytest.raises(ValueError, match=r"a.json:1: not a training row \(fields: records\)"):
+        load(tmp_path / "a.json", tmp_path / "cache")
+
+
+def test_parquet_reads_as_its_json_would(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    from datetime import datetime
+    from decimal import Decimal
+    rows = [{"id": 1, "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "tests": [["1", "2"]],
+             "messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}],
+             "none": None},
+            {"id": 2, "choices": {"text": ["c"], "label": ["1"]}, "tests": [[], ["3"]],
+             "messages": [], "none": None}]
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.PARQUET", row_group_size=1)
+    assert list(read_rows(tmp_path / "a.PARQUET")) == [(rows[0], 1), (rows[1], 2)]
+    rows = [{"messages": [EXPECTED[1], {**EXPECTED[2], "loss": True}, EXPECTED[1], EXPECTED[2]]}]
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "loss.parquet")
+    assert [row for row, _ in read_rows(tmp_path / "loss.parquet")] == rows
+    rows = [{"date": datetime(2024, 5, 1), "number": Decimal("1.50"), "image": b"\x89"}]
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    (row, _), = read_rows(tmp_path / "b.parquet")
+    assert row["date"].startswith("2024-05-01") and row["number"] == "1.50"
+    rows = [{"problem": "P", "answer": 70.0}, {"problem": "Q", "answer": None}]
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "null.parquet")
+    counts = Counter()
+    assert [p["answer"] for p in read_problems([tmp_path / "null.parquet"], counts)] == ["70"]
+    assert counts["without answer"] == 1
+    (tmp_path / "c.parquet").write_bytes(b"PAR1")
+    damaged = bytearray((tmp_path / "a.PARQUET").read_bytes())
+    damaged[4:60] = bytes(56)
+    (tmp_path / "d.parquet").write_bytes(damaged)
+    for name in ("c", "d"):
+        with pytest.raises(ValueError, match=f"{name}.parquet is not a readable parquet file"):
+            load(tmp_path / f"{name}.parquet", tmp_path / "cache")
+
+
+def test_an_empty_answer_is_no_target(tmp_path):
+    row = {"messages": [EXPECTED[1], {"role": "assistant", "content": " \n"}, *EXPECTED[1:]]}
+    assert to_messages(row)[1] == {"role": "assistant", "content": " \n", "loss": False}
+    (tmp_path / "a.jsonl").write_bytes(lines(row, {"messages": row["messages"][:2]},
+                                             {"prompt": "p", "response": ""}))
+    rows = load(tmp_path / "a.jsonl", tmp_path / "cache", max_seq_len=4000)
+    assert rows.counts["without a target"] == 2 and rows.counts["kept"] == 1
+    assert rows.num_targets.tolist() == [2]  # a, and its end
+
+
+def test_still_2s_rows_are_training_rows_with_the_recipes_system_prompt():
+    system, user, assistant = to_messages({"question": "q", "combined_text": "t", "domain": "x"})
+    assert system["content"] == data.SYSTEM_PROMPTS["skyt1"]
+    assert (user["content"], assistant["content"]) == ("q", "t")
+
+
+# ---- --where
+
+WHERE_ROWS = [{"source": "olympiads", "level": 5, "easy": True},
+              {"source": "olympiads", "level": 4.0, "easy": False},
+              {"source": "amc_aime", "level": 5}, {"source": "math", "level": "5"}]
+
+
+@pytest.mark.parametrize("where, kept", [
+    ([], [0, 1, 2, 3]), (["source=olympiads"], [0, 1]), (["source=olympiads,math"], [0, 1, 3]),
+    (["level=5"], [0, 2, 3]), (["level=4"], [1]), (["easy=true"], [0]),
+    (["source=olympiads,amc_aime", "level=5"], [0, 2]), (["source=math", "source=math,x"], [3])])
+def test_where_keeps_rows_by_their_fields_as_text(tmp_path, where, kept):
+    (tmp_path / "a.jsonl").write_bytes(lines(*WHERE_ROWS))
+    counts = Counter()
+    rows = data.selected_rows([tmp_path / "a.jsonl"], where, counts)
+    assert [line - 1 for *_, line in rows] == kept
+    assert counts["rows"] == 4 and counts["left out by --where"] == 4 - len(kept)
+
+
+@pytest.mark.parametrize("where, says", [
+    (["source=olympiad"], r"there are source=olympiads \(2\), source=amc_aime \(1\), source=math"),
+    (["level=9"], r"there are level=5 \(3\), level=4 \(1\)"),
+    (["difficulty=5"], r"there are difficulty=absent \(4\); the fields of a row are source, level"),
+    (["source=math", "level=4"], r"there are level=5 \(3\), source=olympiads \(2\), level=4"),
+    (["source"], "--where source: write each as FIELD=VALUE"),
+    (["long=x"], r"there are long=y{60} \(4\); ")])
+def test_where_that_leaves_nothing_lists_what_there_is(tmp_path, where, says):
+    (tmp_path / "a.jsonl").write_bytes(lines(*(row | {"long": "y" * 99} if "long=x" in where
+                                               else row for row in WHERE_ROWS)))
+    with pytest.raises(ValueError, match=says):
+        list(data.selected_rows([tmp_path / "a.jsonl"], where, Counter()))
+
+
+def test_of_many_values_twenty_are_listed(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(*({"id": f"n{i}"} for i in range(50))))
+    with pytest.raises(ValueError) as error:
+        list(data.selected_rows([tmp_path / "a.jsonl"], ["id=x"], Counter()))
+    assert str(error.value).count("(1)") == 20
+
+
+def test_where_selects_training_rows_and_problems(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(*({**answer(f"answer {i}"), "domain": domain}
+                             for i, domain in enumerate(["physics", "puzzle", "code"]))))
+    for _ in range(2):  # tokenised, and from the cache
+        rows = load(path, tmp_path / "cache", where=["domain=physics,puzzle"])
+        assert rows.counts == {"rows": 3, "left out by --where": 1, "duplicates": 0,
+                               "over max_seq_len": 0, "without a target": 0, "kept": 2}
+    assert load(path, tmp_path / "cache").counts["kept"] == 3
+    path.write_bytes(lines(*({"problem": f"P{i}", "answer": "1"} | row
+                             for i, row in enumerate(WHERE_ROWS))))
+    found = list(read_problems([path], where=["source=olympiads", "level=5"]))
+    assert [p["prompt"] for p in found] == ["P0"]
+    assert "rows: 4  left out by --where: 3  kept: 1" in capsys.readouterr().err
+    assert len(list(read_problems([path], where=["level=4,5"]))) == 4
+    assert "rows: 4  left out by --where: 0  kept: 4" in capsys.readouterr().err
+    found = list(read_problems(["builtin:train:30"], Counter(), where=["source=addition"]))
+    assert len(found) == 10 and {p["source"] for p in found} == {"addition"}
+
+
 # -------------------------------------------------------------------------------------- token cache
 
 def load(path, cache, **changes):
@@ -650,17 +931,24 @@ def test_an_interrupt_while_tokenising_leaves_nothing(tmp_path, monkeypatch):
     assert load(path, tmp_path / "cache").counts["kept"] == 1
 
 
-@pytest.mark.parametrize("name, content",
-                         [("tokens.bin", b""), ("tokens.bin", b"12345"), ("mask.bin", b"\1"),
-                          ("rows.npy", b""), ("systems.json", b"")])
-def test_a_damaged_cache_is_refused_by_name(tmp_path, name, content):
+@pytest.mark.parametrize("name", ["tokens.bin", "index.npy", "facts.json"])
+@pytest.mark.parametrize("content", [b"", b"12345", None, "flipped"])
+def test_a_damaged_cache_is_made_anew_and_said(tmp_path, capsys, name, content):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(answer("one")))
-    load(path, tmp_path / "cache")
+    first = load(path, tmp_path / "cache")[0][0]
     folder, = (tmp_path / "cache").iterdir()
-    (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{folder.name} is damaged .*: remove that folder"):
-        load(path, tmp_path / "cache")
+    if content is None:
+        (folder / name).unlink()
+    else:
+        flipped = bytearray((folder / name).read_bytes())
+        flipped[-5] ^= 1
+        (folder / name).write_bytes(flipped if content == "flipped" else content)
+    again = load(path, tmp_path / "cache")
+    assert again[0][0].tolist() == first.tolist() and again.counts["kept"] == 1
+    assert capsys.readouterr().err.count(f"{folder} is damaged: it is made anew") == 1
+    load(path, tmp_path / "cache")
+    assert not capsys.readouterr().err and len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_processes_that_tokenise_at_once_share_one_cache(tmp_path):
@@ -673,6 +961,133 @@ def test_processes_that_tokenise_at_once_share_one_cache(tmp_path):
     outputs = {process.communicate()[0] for process in processes}
     assert len(outputs) == 1 and b"kept: 3,000" in outputs.pop()
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+TOKENISING = """
+import sys, time
+sys.path.insert(0, {root!r})
+import data
+def slowly(rows):
+    for row in rows:
+        print("tokenising", flush=True)
+        time.sleep({seconds})
+        yield row
+encoded = data.encoded
+data.encoded = lambda rows, tokenizer: slowly(encoded(rows, tokenizer))
+rows = data.load_rows([sys.argv[1]], data.builtin_tokenizer(), 200, cache=sys.argv[2], quiet=True)
+print("kept", rows.counts["kept"], flush=True)
+"""
+
+
+def start_tokenising(path, cache, seconds):
+    script = TOKENISING.format(root=str(ROOT), seconds=seconds)
+    return subprocess.Popen([sys.executable, "-c", script, str(path), str(cache)], text=True,
+                            stdout=subprocess.PIPE)
+
+
+def test_what_a_killed_tokenisation_left_is_swept_and_nothing_else(tmp_path):
+    path, other, cache = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "cache"
+    path.write_bytes(lines(answer("one")))
+    other.write_bytes(lines(answer("two")))
+    (cache / "my.notes").mkdir(parents=True)
+    killed = start_tokenising(path, cache, 60)
+    assert killed.stdout.readline() == "tokenising\n"
+    killed.kill()
+    killed.wait()
+    left, = (folder for folder in cache.iterdir() if folder.name != "my.notes")
+    load(other, cache)
+    assert not left.exists() and len(list(cache.iterdir())) == 2 and (cache / "my.notes").exists()
+    assert load(path, cache).counts["kept"] == 1
+
+
+def test_two_runs_share_a_cache_and_one_of_them_tokenises(tmp_path):
+    path, other, cache = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "cache"
+    path.write_bytes(lines(answer("one")))
+    other.write_bytes(lines(answer("two")))
+    first = start_tokenising(path, cache, 6)
+    assert first.stdout.readline() == "tokenising\n"
+    second = start_tokenising(path, cache, 6)
+    assert load(other, cache).counts["kept"] == 1  # neither waits, nor sweeps the others' folder
+    assert first.poll() is None
+    assert second.communicate()[0] == "kept 1\n" and first.communicate()[0] == "kept 1\n"
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_run_that_waits_takes_over_from_one_that_is_killed(tmp_path):
+    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    path.write_bytes(lines(answer("one")))
+    first = start_tokenising(path, cache, 60)
+    assert first.stdout.readline() == "tokenising\n"
+    second = start_tokenising(path, cache, 0)
+    time.sleep(4)  # it waits by now
+    first.kill()
+    assert second.communicate()[0] == "tokenising\nkept 1\n"
+    first.wait()
+    first.stdout.close()
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_nothing_stale_is_used(tmp_path, monkeypatch):
+    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+
+    def kept(*rows, name="a.jsonl", **changes):
+        (tmp_path / name).write_bytes(lines(*rows))
+        rows = load(tmp_path / name, cache, **changes)
+        return [builtin_tokenizer().decode(rows[i][0][rows[i][1] == 1].tolist())[:-10]
+                for i in range(len(rows))]
+    one, two = answer("one"), answer("two")
+    assert kept(one) == ["one"] and kept(one, two) == ["one", "two"]
+    assert kept(two, one) == ["two", "one"] and kept(one) == ["one"]
+    rows = load_rows(["builtin:worked:10"], builtin_tokenizer(), 200, cache=cache, quiet=True)
+    assert len(rows) == 10
+    rows = load_rows(["builtin:worked:12"], builtin_tokenizer(), 200, cache=cache, quiet=True)
+    assert len(rows) == 12
+
+    def grows(*arguments):
+        tokenize(*arguments)
+        with open(path, "ab") as file:
+            file.write(b"\n" + lines(two))
+    tokenize = data.tokenize
+    monkeypatch.setattr(data, "tokenize", grows)
+    with pytest.raises(ValueError, match="a.jsonl changed while it was read"):
+        kept(answer("three"))
+    monkeypatch.undo()
+    assert kept(answer("three")) == ["three"]
+
+
+def test_a_file_of_the_same_bytes_under_another_suffix_is_read_anew(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,response\nu,a\n")
+    assert load(tmp_path / "a.csv", tmp_path / "cache", max_seq_len=4000).counts["kept"] == 1
+    (tmp_path / "a.csv").rename(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="a.jsonl:1: broken JSON"):
+        load(tmp_path / "a.jsonl", tmp_path / "cache", max_seq_len=4000)
+
+
+def test_the_caches_version_goes_with_the_built_in_rows():
+    """The cache knows built-in rows by their name alone: raise CACHE_VERSION if they change."""
+    digest = hashlib.sha256()
+    for name in ("builtin:worked:300", "builtin:bare:300"):
+        for row, _ in read_rows(name):
+            digest.update(json.dumps(row).encode())
+    assert (data.CACHE_VERSION, digest.hexdigest()[:8]) == (5, "18632bb3")
+
+
+@pytest.mark.parametrize("cache", ["file", "file/below"])
+def test_errors_of_the_cache_name_its_flag(tmp_path, cache):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a.jsonl").write_bytes(lines(answer("one")))
+    with pytest.raises(OSError) as error:
+        load(tmp_path / "a.jsonl", tmp_path / cache)
+    assert error.value.filename == str(tmp_path / cache) and "--cache" in error.value.strerror
+
+
+def test_a_full_disk_names_the_cache_and_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(lines(answer("one")))
+    monkeypatch.setattr(data.np, "save", lambda *a: (_ for _ in ()).throw(
+        OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="cannot be used: No space left .*--cache"):
+        load(tmp_path / "a.jsonl", tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_cached_rows_equal_encode_conversation(qwen, tmp_path):
@@ -770,13 +1185,13 @@ def test_imbalance_is_what_the_slowest_rank_of_each_micro_step_costs():
     assert imbalance(row_of, costs, 1) == 1
 
 
-def test_longest_first_comes_near_the_best_and_local_search_reaches_it():
+def test_lpt_comes_near_the_best_and_local_search_reaches_it():
     lengths = np.array([2, 3, 2, 3, 2])
-    row_of = data.longest_first(lengths, lengths, 20, 2)
+    row_of = data.lpt(lengths, lengths, 20, 2)
     assert row_lengths(row_of, lengths).tolist() == [7, 5]  # 3 2 2, 3 2
     better = data.local_search(row_of, lengths, lengths, 20, 2, 2)
     assert row_lengths(better, lengths).tolist() == [6, 6]
-    assert data.longest_first(lengths, lengths, 5, 2) is None  # 12 tokens in two rows of 5
+    assert data.lpt(lengths, lengths, 5, 2) is None  # 12 tokens in two rows of 5
 
 
 def test_assembled_rows_shift_targets_within_documents():
@@ -834,7 +1249,7 @@ def test_builtin_splits_share_no_problem_and_harder_ones_are_all_long():
     assert all(len(problems) == 900 for problems in splits.values())
     for split in ("rows", "train"):
         assert not splits[split].keys() & (splits["heldout"] | splits["harder"]).keys()
-    for family in data.SIZES:
+    for family in ("addition", "last_digit", "multiply_out"):
         lengths = {split: [p["solution"].count("\n") for p in problems.values()
                            if p["source"] == family] for split, problems in splits.items()}
         longest = max(lengths["train"])
@@ -872,6 +1287,12 @@ MATH_ROWS = {
                             "204"),
     "AIME 2025": ({"question": "P", "answer": "70"}, "70"),
     "GSM8K": ({"question": "P", "answer": "1 < 2\n#### 1,234"}, "1234"),
+    "Minerva": ({"problem": "P", "type": "Physics", "solution": r"so $\boxed{4.5e33}$ erg/s",
+                 "idx": 0}, "4.5e33"),
+    "Minerva, the answer alone": ({"question": "P", "answer": r"\frac{1}{2}"}, r"\frac{1}{2}"),
+    "AMC": ({"id": 0, "problem": "P", "answer": 142.0, "url": "https://x"}, "142"),
+    "AMC as text": ({"problem": "P", "answer": "18.0"}, "18"),
+    "a decimal": ({"problem": "P", "answer": 1.05}, "1.05"),
 }
 
 
@@ -884,6 +1305,58 @@ def test_maths_layouts_give_question_and_answer(tmp_path, name):
     assert problem["source"] == row.get("source", "set")
     stated = [str(v) for k, v in row.items() if k.lower() in ("id", "unique_id")]
     assert [problem["id"]] == stated or not stated and len(problem["id"]) == 16
+
+
+OLYMPIAD = {"id": 1606, "subfield": "Algebra", "context": None, "question": "P\n",
+            "solution": ["S"], "final_answer": ["$2$"], "is_multiple_answer": False, "unit": None,
+            "answer_type": "Numerical", "error": None, "difficulty": "Competition",
+            **{f"image_{i}": None for i in range(1, 10)}}
+
+
+@pytest.mark.parametrize("final_answer, right, wrong", [
+    (["$2$"], "2.0", "3"),
+    (["$2,5$"], "5, 2", "2.5"),
+    (["$1$", r"$\frac{1}{2}$"], r"\tfrac12, 1", "1"),
+    (["$(1,8)$", "$(2,7)$"], "(2,7), (1,8)", "(8,1), (7,2)"),
+    (["$f(n)=n$, $g(n)=1$"], r"g(n)=1 \text{ and } f(n)=n", "f(n)=1, g(n)=n"),
+    ('["$3 \\\\pm \\\\sqrt{7}$"]', r"3+\sqrt7, 3-\sqrt7", r"3+\sqrt7"),
+    (["$2$", "$500$"], "500, 2", "2500"),
+    ([r"$\$ 1.50$"], r"\$1.50", "150"),
+    (["$12$"], r"12\text{ cm}", "-12")])
+def test_olympiadbenchs_answers_are_what_verify_takes(final_answer, right, wrong):
+    problem = data.to_problem({**OLYMPIAD, "final_answer": final_answer}, "s")
+    assert verify.math_equal(right, problem["answer"])
+    assert not verify.math_equal(wrong, problem["answer"])
+
+
+def test_olympiadbenchs_context_comes_before_the_question_and_proofs_are_counted(tmp_path):
+    counts = Counter()
+    found = problems(tmp_path, OLYMPIAD, {**OLYMPIAD, "id": 2, "context": "Let x be 1.\n"},
+                     {**OLYMPIAD, "id": 3, "final_answer": None}, counts=counts)
+    assert [p["prompt"] for p in found] == ["P", "Let x be 1.\n\nP"]
+    assert [p["id"] for p in found] == ["1606", "2"] and counts["without answer"] == 1
+
+
+def test_a_benchmarks_name_is_the_source_whatever_its_rows_say():
+    row = {**OWN, "source": "amc_aime"}
+    assert data.to_problem(row, "math500")["source"] == "amc_aime"
+    assert data.to_problem(row, "math500", is_benchmark=True)["source"] == "math500"
+    assert data.to_problem({**row, "source": [1]}, "math500", is_benchmark=True)
+
+
+@pytest.mark.parametrize("field, nothing, something", [
+    ("image_3", None, {"bytes": b"\x89PNG", "path": None}), ("Image", "", "images/1.png"),
+    ("images", [], [{"path": "1.png"}]), ("images", "[]", "['1.png']"), ("images", [None], "0.jpg"),
+    ("figure", float("nan"), "f.svg"), ("picture", "None", "data:image/png;base64,iVBO"),
+    ("IMAGE_1", False, True)])
+def test_rows_with_pictures_are_told_by_their_fields(field, nothing, something):
+    assert not data.has_images({**OLYMPIAD, field: nothing})
+    assert data.has_images({**OLYMPIAD, field: something})
+
+
+def test_what_only_counts_or_describes_pictures_is_none():
+    assert not data.has_images({**apps(), "picture_num": "3", "has_image": "False"})
+    assert not data.has_images({**OWN, "prompt": "the image", "imagery": "x"})
 
 
 def test_what_scores_are_split_by_is_carried(tmp_path):
@@ -901,6 +1374,30 @@ def test_multiple_choice_gets_lettered_options(tmp_path, fields, letter):
     assert (problem["kind"], problem["answer"]) == ("choice", letter)
     assert problem["prompt"].startswith("Which?\nA) a\nB) b")
     assert f"\n{letter}) {letter.lower()}" in problem["prompt"]
+
+
+ARC = {"id": "Mercury_7", "question": "Which?", "answerKey": "B",
+       "choices": {"text": ["a", "b", "c", "d"], "label": list("ABCD")}}
+
+
+@pytest.mark.parametrize("labels, key", [
+    ("ABCD", "B"), ("1234", "2"), ("1234", 2), ("1234", 2.0), ("BADC", "A")])
+def test_arcs_labels_become_letters_in_order(labels, key):
+    choices = {"text": ["a", "b", "c", "d"], "label": list(labels)}
+    for form in (choices, json.dumps(choices)):
+        problem = data.to_problem({**ARC, "choices": form, "answerKey": key}, "s")
+        assert problem["prompt"] == "Which?\nA) a\nB) b\nC) c\nD) d" and problem["answer"] == "B"
+        assert verify.verify_choice(r"So it is \boxed{B}.", problem["answer"]).passed
+
+
+# How pyarrow gives a row: the columns of all rows, None where one has no value, counts as floats.
+@pytest.mark.parametrize("row, columns", [
+    (OWN, {"tests": None, "level": None, "kind": None}), (OLYMPIAD, {"id": 1606.0}),
+    (MATH_ROWS["MATH-500"][0], {"level": 2.0}), (ARC, {"id": "Mercury_7", "fold": None}),
+    ({"question": "Q", "choices": ["a", "b"], "answer": 1}, {"answer": 1.0, "subject": None}),
+    (GPQA, {"Subdomain": None}), (MATH_ROWS["AMC"][0], {"id": 0.0, "source": None})])
+def test_a_row_of_a_table_is_the_problem_that_its_json_is(row, columns):
+    assert data.to_problem(row | columns, "s").items() >= data.to_problem(row, "s").items()
 
 
 def test_gpqas_options_are_ordered_by_the_id(tmp_path):
@@ -1061,26 +1558,33 @@ BROKEN_PROBLEMS = {
     "prompt": ({**OWN, "prompt": 5}, "`prompt` is not a string"),
     "problem": ({"problem": None, "answer": "1"}, "`problem` is not a string"),
     "half a character": ({"problem": "\ud83d", "answer": "1"}, "`problem` holds half a character"),
-    "unknown kind": ({**OWN, "kind": "essay"}, "unknown kind 'essay'"),
-    "kind without tests": ({**OWN, "kind": "code"}, "`kind` is code, but there is no `tests`"),
+    "unknown kind": ({**OWN, "kind": "essay"}, "`kind` is 'essay': must be math"),
+    "kind without tests": ({**OWN, "kind": "code"}, "`kind` is 'code': must .* `tests`"),
     "kind without answer": ({"kind": "math", "prompt": "P", "tests": [STDIN]},
-                            "`kind` is math, but there is no `answer`"),
+                            "`kind` is 'math': must .* come with `answer`"),
     "choice": ({**OWN, "kind": "choice"}, "`answer` of a choice must be a letter, not '2'"),
     "tests": ({"prompt": "P", "tests": [{"input": 1, "output": "2"}]}, "`tests` must be objects"),
     "tests text": ({"prompt": "P", "tests": "x"}, "`tests` is broken JSON"),
     "source": ({**OWN, "source": [1]}, "`source` must be a string or a number"),
     "no such option": ({"question": "Q", "options": ["a", "b"], "answer": "C"},
-                       "`answer` 'C' names none of the 2 options"),
-    "no such index": ({"question": "Q", "choices": ["a", "b"], "answer": 2}, "`answer` 2 names"),
-    "index or text": ({"question": "Q", "choices": ["0", "1"], "answer": "1"}, "`answer` '1'"),
+                       "the answer 'C' names none of the 2 options"),
+    "no such index": ({"question": "Q", "choices": ["a", "b"], "answer": 2},
+                      "the answer '2' names"),
+    "index or text": ({"question": "Q", "choices": ["0", "1"], "answer": "1"},
+                      "the answer '1' names"),
+    "no such label": ({**ARC, "answerKey": "E"}, "the answer 'E' names none of the 4 options"),
+    "one option's text": ({**ARC, "choices": ["a", "b"]}, "`choices` must be a dict, not list"),
+    "final_answer": ({**OLYMPIAD, "final_answer": "$1$"}, "`final_answer` is broken JSON"),
+    "STILL-2's rows": ({"question": "Q", "combined_text": "T", "domain": "math"},
+                       r"not a problem \(fields: question, combined_text, domain\)"),
     "input_output": ({**apps(), "input_output": "{"}, "`input_output` is broken JSON"),
     "input_output list": ({**apps(), "input_output": [1]}, "`input_output` must be a dict"),
     "inputs": (apps(inputs=5, outputs=[]), "`inputs` must be a list, not int"),
-    "private tests": (livecodebench("eJx"), "`private_test_cases` is neither JSON nor a packed"),
+    "private tests": (livecodebench("eJx"), "`private_test_cases` holds broken tests .*padding"),
     "no function": (livecodebench('[{"testtype": "functional", "input": "1", "output": "1"}]'),
                     "`tests` must be objects"),
     "test without output": (livecodebench('[{"testtype": "stdin", "input": "1"}]'),
-                            "`private_test_cases` holds a broken test .*output"),
+                            "`private_test_cases` holds broken tests .*output"),
     "entry point": ({"prompt": "def g(): 1", "entry_point": "f", "test": ""},
                     "`entry_point` 'f' is not defined"),
 }
@@ -1110,7 +1614,7 @@ def test_problems_of_folders_and_shards_are_named_by_their_files(tmp_path):
 def test_builtin_problems_by_name():
     found = list(read_problems(["builtin:train:3", "builtin:heldout:2"], Counter()))
     assert found == [*builtin_problems("train", 3), *builtin_problems("heldout", 2)]
-    with pytest.raises(ValueError, match="builtin:train, builtin:heldout and builtin:harder, each"):
+    with pytest.raises(ValueError, match="builtin:worked:1: not a problem"):
         list(read_problems(["builtin:worked"]))
 
 
@@ -1151,7 +1655,42 @@ def test_the_command_shows_counts_lengths_packing_and_one_row(model_dir, rows_fi
                       "--cache", tmp_path / "cache", "--row", 2)
     assert "rows: 40" in done.stdout and "filled" in done.stdout and "max/mean" in done.stdout
     assert "█" in done.stdout
-    assert "\033[32m0 1 2<|im_end|>\033[0m" in done.stdout
+    assert "[[0 1 2<|im_end|>]]" in done.stdout and "\033" not in done.stdout
+
+
+def test_targets_are_green_in_a_terminal_but_with_no_color(qwen, monkeypatch):
+    tokens, mask = map(np.array, encode_conversation(qwen, EXPECTED))
+    for is_terminal, no_color, expected in (
+            (True, "", "\033[32ma<|im_end|>\033[0m"), (True, "1", "[[a<|im_end|>]]"),
+            (False, "", "[[a<|im_end|>]]")):
+        monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: is_terminal))
+        monkeypatch.setenv("NO_COLOR", no_color)
+        text = "".join(data.marked(qwen, tokens, mask))
+        assert expected in text and ("\033" in text) == (is_terminal and not no_color)
+
+
+def test_the_command_shows_problems_by_source_kind_and_difficulty(tmp_path):
+    rows = [{"problem": f"P{i}", "answer": "1", "source": "aops", "difficulty": i % 2 + 1}
+            for i in range(5)]
+    (tmp_path / "a.jsonl").write_bytes(lines(*rows, apps(inputs=["1"], outputs=["2"]), rows[0]))
+    done = run_script(ROOT / "data.py", tmp_path / "a.jsonl", "--row", 1)
+    assert "rows: 7  duplicates: 1  kept: 6" in done.stdout
+    table = [line.split() for line in done.stdout.splitlines() if line.startswith("   ")]
+    assert table == [["1", "code", "hard", "a"], ["3", "math", "1", "aops"],
+                     ["2", "math", "2", "aops"]]
+    asked = data.MATH_PROMPT + "P1"
+    assert done.stdout.endswith(f"as it is asked:\n{asked}\n")
+    done = run_script(ROOT / "data.py", tmp_path / "a.jsonl", "--where", "difficulty=2")
+    assert "left out by --where: 5" in done.stdout and "kept: 2" in done.stdout
+
+
+def test_rows_that_are_problems_too_are_shown_as_the_flags_say(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines({"problem": "P", "solution": r"\boxed{1}",
+                                              **asked("P")}))
+    assert "as it is asked" in run_script(ROOT / "data.py", tmp_path / "a.jsonl").stdout
+    done = run_script(ROOT / "data.py", tmp_path / "a.jsonl", "--model", "builtin:tiny", "--cache",
+                      tmp_path)
+    assert "[[a<|im_end|>]]" in done.stdout and "the recipe: 96, 8" in done.stdout
 
 
 @pytest.mark.parametrize("arguments, says", [
@@ -1217,7 +1756,7 @@ data.run(main)
 
 
 @pytest.mark.slow
-def test_seventeen_thousand_rows_take_neither_minutes_nor_gigabytes_twice(qwen, tmp_path):
+def test_seventeen_thousand_rows_take_neither_minutes_nor_gigabytes_twice(qwen_folder, tmp_path):
     """17,000 rows of 16 KB in one array, as the published file is: the second start reads the cache
     alone."""
     text = "🙂" + " ".join(r["solution"]
@@ -1228,7 +1767,7 @@ def test_seventeen_thousand_rows_take_neither_minutes_nor_gigabytes_twice(qwen, 
             file.write(",[\n"[i == 0:2 - (i > 0)] + json.dumps(answer(text[start:start + 16_000]),
                                                                ensure_ascii=False))
         file.write("]")
-    os.symlink(qwen.folder / "tokenizer.json", tmp_path / "tokenizer.json")
+    os.symlink(qwen_folder / "tokenizer.json", tmp_path / "tokenizer.json")
     small_config(vocab_size=151936).save(tmp_path, torch.float32)
     command = ["-c",
                f"import sys, resource; sys.path.insert(0, {str(ROOT)!r}); import data; "
@@ -1271,15 +1810,81 @@ def test_rows_that_ask_a_benchmarks_problem_are_dropped_and_counted(tmp_path, mo
     assert printed.splitlines()[1].startswith("100.0%")
 
 
+def decontaminated(folder, capsys, rows, problems, **options):
+    """The rows kept, and what is printed."""
+    for name, given in (("rows.jsonl", rows), ("bench.jsonl", problems)):
+        (folder / name).write_bytes(lines(*given))
+    data.decontaminate([folder / "rows.jsonl"], [folder / "bench.jsonl"], folder / "out.jsonl", 8,
+                       **options)
+    return [json.loads(line) for line in open(folder / "out.jsonl")], capsys.readouterr().out
+
+
+def asked(text):
+    return {"messages": [{"role": "user", "content": text}, EXPECTED[2]]}
+
+
+@pytest.mark.parametrize("problem, row, like", [
+    ("已知函数的最小正周期是多少", "请问已知函数的最小正周期是多少？", True),
+    ("已知函数的最小正周期是多少", "已知数列的前几项之和是多少", False),
+    ("日本語の問題をここに書きます", "次の日本語の問題をここに書きました", True),
+    ("จงหาค่าของจำนวนเต็มบวก", "โจทย์: จงหาค่าของจำนวนเต็มบวกที่", True),
+    ("1+1?", "1+1=", True), ("1+1?", "What is 1+1+1?", False), ("1+1?", "x 1+1", False),
+    ("1+1?", data.MATH_PROMPT + "1 + 1", True),
+    ("Find all primes p.", "Now find all primes p, please.", True),
+    ("Find all primes p.", "Find all primes q.", False)])
+def test_texts_without_spaces_and_short_questions_are_found(tmp_path, capsys, problem, row, like):
+    kept, printed = decontaminated(tmp_path, capsys, [asked(row)], [{"problem": problem,
+                                                                     "answer": "1"}])
+    assert len(kept) == 1 - like and f"kept: {1 - like}" in printed
+    assert "compared with 1 questions; 0 could not be" in printed
+
+
+def test_problems_without_an_answer_are_compared_and_those_without_words_counted(tmp_path, capsys):
+    problems = [{"problem": "What has roots as nobody sees?"}, {"problem": "?!", "answer": "1"},
+                {"problem": "", "answer": "1"}]
+    kept, printed = decontaminated(tmp_path, capsys, [asked("What has roots as nobody sees?"),
+                                                      asked("...")],
+                                   [{"solution": "", **problem} for problem in problems])
+    assert kept == [asked("...")] and "like bench: 1" in printed
+    assert "compared with 1 questions; 2 could not be compared: they have no words" in printed
+
+
+def test_every_form_of_row_is_decontaminated(tmp_path, capsys):
+    question = "Which walk on four legs in the morning?"
+    rows = [asked(question), {"conversations": [{"from": "human", "value": question},
+                                                {"from": "gpt", "value": "man"}]},
+            {"prompt": "", **asked(question)}, {"prompt": question, "response": "man"},
+            {"prompt": question, "response": "man", "kind": "math", "passed": False},
+            {"question": question, "combined_text": "man", "domain": "puzzle"},
+            {"problem": question, "answer": "man"}]
+    kept, printed = decontaminated(tmp_path, capsys, rows, rows[-1:])
+    assert kept == [] and "rows: 7" in printed and "kept: 0" in printed
+    kept, printed = decontaminated(tmp_path, capsys, rows, [{"problem": "Else?", "answer": "1"}])
+    assert kept == rows and "kept: 7" in printed
+    kept, printed = decontaminated(tmp_path, capsys, rows, rows[-1:], where=["domain=puzzle"])
+    assert kept == [] and "rows: 7  left out by --where: 6  like bench: 1  kept: 0" in printed
+
+
+def test_a_row_that_cannot_be_encoded_is_named(tmp_path, capsys):
+    row = {"messages": [EXPECTED[1], {"role": "assistant", "content": "half \ud83d"}]}
+    for field in (row, {"prompt": "p", "response": "\ud83d"}, {**asked("x"), "note": "\ud83d"}):
+        with pytest.raises(ValueError, match="rows.jsonl:2: .*half a character"):
+            decontaminated(tmp_path, capsys, [asked("x"), field], [OWN])
+    assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "out.jsonl.tmp").exists()
+
+
 def test_a_refused_decontamination_leaves_everything_as_it_was(tmp_path):
     rows, broken = tmp_path / "rows.jsonl", tmp_path / "broken.jsonl"
-    rows.write_text(json.dumps({"problem": "one two three four", "answer": "5"}) + "\n")
+    temporary = tmp_path / "out.jsonl.tmp"  # as the file is called while it is written
+    for path in (rows, temporary, tmp_path / "gsm8k_test.jsonl"):
+        path.write_text(json.dumps({"problem": "one two three four", "answer": "5"}) + "\n")
     broken.write_text(rows.read_text() + "{\n")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for names, out in (([broken], "out"), ([tmp_path / "none.jsonl"], "out"),
-                       ([rows], "rows.jsonl"), ([rows], ".")):
+                       ([rows], "rows.jsonl"), ([rows], "."), ([tmp_path], "rows.jsonl"),
+                       ([rows], "gsm8k_test.jsonl"), ([temporary], "out.jsonl")):
         with pytest.raises((ValueError, OSError)):
-            data.decontaminate(list(map(str, names)), [str(rows)], tmp_path / out, 8)
+            data.decontaminate(list(map(str, names)), [tmp_path / "gsm8k"], tmp_path / out, 8)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

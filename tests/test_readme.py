@@ -32,13 +32,13 @@ def test_readme_is_short_and_filled_in():
 
 
 class Rewriter(http.server.BaseHTTPRequestHandler):
-    """A server that marks an answer's two parts as GPT-4o-mini should."""
+    """A server that marks an answer's two parts, and grades problems, as GPT-4o-mini should."""
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         answer = asked["messages"][0]["content"].partition("The answer:\n\n")[2]
         text = (f"<|begin_of_thought|>\n\n{answer}\n\n<|end_of_thought|>\n\n"
-                f"<|begin_of_solution|>\n\n{answer}\n\n<|end_of_solution|>")
+                f"<|begin_of_solution|>\n\n{answer}\n\n<|end_of_solution|>") if answer else "9"
         reply = json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
         self.send_response(200)
         self.end_headers()
@@ -56,24 +56,52 @@ def rewriter():
     server.shutdown()
 
 
-def write_problems(path, numbers, **fields):
-    rows = [{"id": str(n), "source": path.stem, "kind": "math", "prompt": f"{n}+{n}=?",
-             "answer": str(2 * n), **{name: value.format(n, 2 * n)
-                                      for name, value in fields.items()}} for n in numbers]
+def write_rows(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def sum_of(n, **fields):
+    return {"id": str(n), "kind": "math", "prompt": f"{n}+{n}=?", "answer": str(2 * n), **fields}
+
+
+def program(n, **fields):
+    tests = {"inputs": [""], "outputs": [str(n)]}
+    return {"question": f"Print {n}.", "input_output": json.dumps(tests), "starter_code": "",
+            **fields}
+
+
+def write_published_sets(folder):
+    """Small data sets in folders of the names that README uses, in their own layouts: a name that
+    exists as a path asks no hub."""
+    sums = [{"source": source, "problem": f"{n}+{n}=?", "solution": f"\\boxed{{{2 * n}}}"}
+            for source, numbers in (("math", (10, 11, 12)), ("amc_aime", (13, 14)),
+                                    ("olympiads", (15, 16, 17)), ("cn_k12", (18, 19)))
+            for n in numbers]
+    write_rows(folder / "AI-MO/NuminaMath-CoT/data/train-00000-of-00001.jsonl", *sums)
+    write_rows(folder / "codeparrot/apps/train.jsonl", program(30, problem_id=0))
+    write_rows(folder / "codeparrot/apps/test.jsonl", program(31, problem_id=1))
+    write_rows(folder / "BAAI/TACO/ALL/train-00000-of-00001.jsonl",
+               program(32, difficulty="EASY"), program(33, difficulty="MEDIUM"))
+    write_rows(folder / "BAAI/TACO/ALL/test-00000-of-00001.jsonl", program(34, difficulty="MEDIUM"))
+    write_rows(folder / "RUC-AIBOX/long_form_thought_data_5k/public.jsonl",
+               *({"question": "Who?", "combined_text": f"The {domain}.", "domain": domain}
+                 for domain in ("math", "physics", "puzzle")))
+    for name, numbers in (("math500", (12,)), ("aime_2024", (17,)), ("gsm8k", (13, 14))):
+        write_rows(folder / f"{name}.jsonl", *map(sum_of, numbers))
 
 
 @pytest.mark.slow
 def test_the_commands_at_full_size_and_for_a_model_of_your_own_run_in_small(rewriter, tmp_path):
-    """A tiny model that has learnt its few problems by heart lies in folders of the names that
-    README uses: a name that exists as a path asks no hub."""
-    write_problems(tmp_path / "lesson.jsonl", range(10, 22),
-                   response="{0}+{0}={1}\n\n\\boxed{{{1}}}")
-    for name, numbers in (("problems", range(10, 22)), ("math500", (12,)), ("aime_2024", (17,)),
-                          ("gsm8k", (13, 14))):
-        write_problems(tmp_path / f"{name}.jsonl", numbers)
+    """With a tiny model that has learnt the few problems by heart."""
+    write_published_sets(tmp_path)
+    sums = [sum_of(n, response=f"{n}+{n}={2 * n}\n\n\\boxed{{{2 * n}}}") for n in range(10, 20)]
+    programs = [{"kind": "code", "prompt": f"Print {n}.",
+                 "tests": [{"input": "", "output": str(n)}],
+                 "response": f"```python\nprint({n})\n```"} for n in (31, 33)]
+    write_rows(tmp_path / "lesson.jsonl", *sums, *programs)
     run_script(ROOT / "train.py", "--data", tmp_path / "lesson.jsonl", "--system", "qwq",
-               "--max_steps", 60, "--cache", tmp_path / "cache", "--out", tmp_path / "teacher")
+               "--max_steps", 80, "--cache", tmp_path / "cache", "--out", tmp_path / "teacher")
     for name in ("QwQ-32B-Preview", "Qwen2.5-32B-Instruct", "Qwen2.5-0.5B-Instruct"):
         shutil.copytree(tmp_path / "teacher", tmp_path / "Qwen" / name)
     script = (code_blocks(README, "At full size")[0]
@@ -82,12 +110,22 @@ def test_the_commands_at_full_size_and_for_a_model_of_your_own_run_in_small(rewr
                          ("_parallel 8", "_parallel 2"), ("_tokens 1024", "_tokens 256")):
         assert large in script
         script = script.replace(large, small)
-    assert script.count("python ") == 9 and script.count("torchrun ") == 2
+    assert script.count("python ") == 10 and script.count("torchrun ") == 2
     printed = run_commands(script, tmp_path)
-    lines = {name: len((tmp_path / f"{name}.jsonl").read_text().splitlines())
-             for name in ("samples", "rewritten", "kept", "rows")}
-    assert lines["samples"] == lines["rewritten"] == 12 and 0 < lines["rows"] <= lines["kept"]
-    for part in ("GiB a GPU, at its peak", "targets in green"):
+    def rows_in(name):
+        return [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+    asked = {f"samples/{name}": [row["prompt"] for row in rows_in(f"samples/{name}")]
+             for name in ("apps", "taco", "math", "amc_aime", "olympiads")}
+    assert asked == {
+        "samples/apps": ["Print 31."], "samples/taco": ["Print 33."],
+        "samples/math": ["10+10=?", "11+11=?", "12+12=?"],
+        "samples/amc_aime": ["13+13=?", "14+14=?"],
+        "samples/olympiads": ["15+15=?", "16+16=?", "17+17=?"]}
+    kept = {row["prompt"] for row in rows_in("kept")}
+    assert len(rows_in("rewritten")) == 10 and "Print 33." in kept
+    assert {row["prompt"] for row in rows_in("rows")} == kept - {"12+12=?", "17+17=?"} != set()
+    assert [row["domain"] for row in rows_in("still2")] == ["physics", "puzzle"]
+    for part in ("GiB a GPU, at its peak", "its targets green"):
         assert part in printed
     assert re.search(r"^gsm8k +2 +2 ", printed, re.M)  # the table of scores
     for folder in ("sky", "mine"):

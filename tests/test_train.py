@@ -236,6 +236,26 @@ def test_the_first_screen_is_three_lines_and_the_folder_has_the_settings_in_full
                     f"      python data.py {rows_file} --model {out}    (its rows)"]
 
 
+def test_a_run_on_the_rows_that_its_flags_choose(run, model_dir, rows_file, tmp_path):
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    folder, out = tmp_path / "set", tmp_path / "out"
+    folder.mkdir()
+    for split, half in (("train", rows[:20]), ("dev", rows[20:])):
+        (folder / f"{split}.jsonl").write_text("".join(
+            json.dumps({**row, "level": i % 4}) + "\n" for i, row in enumerate(half)))
+    flags = ["--data", folder, "--split", "dev", "--where", "level=0,3"]
+    status, printed, errors = run("--model", model_dir, *flags, *BASE, "--out", out)
+    assert status == 0 and f"{folder}: dev.jsonl" in errors
+    assert f"data: {folder}: 20 rows, 10 left out by --where, 10 kept" in printed
+    assert f"python data.py {folder} --split dev --where level=0,3 --model" in printed
+    assert len(metrics(out)) == 2  # of 8 and 2 rows
+    status, printed, _ = run("--plan", "8xH100", "--model", model_dir, *flags, "--max_seq_len", 256)
+    assert "rows: 20  left out by --where: 10" in printed and "kept: 10" in printed
+    status, _, errors = run("--model", model_dir, *flags[:-1], "level=7", "--out", tmp_path / "no")
+    assert status == 2 and "level=7 leaves no row: there are level=0 (5), level=1 (5)" in errors
+    assert not (tmp_path / "no").exists()
+
+
 def test_the_held_out_loss_is_the_mean_over_its_targets_and_changes_nothing(run, model_dir,
                                                                             rows_file, tmp_path):
     """The last one is compared with the exported model's, computed row by row."""

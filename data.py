@@ -1617,83 +1617,7 @@ def question_of(row):
     return to_problem(row, "")["prompt"]
 
 
-# -------------------------------------------------------------------------------------- the command
-
-def histogram(lengths, width=50, bins=12):
-    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1).astype(int))
-    counts = np.histogram(lengths, edges)[0]
-    yield f"{'tokens of a row':>17} {'rows':>7}"
-    for low, high, count in zip(edges, edges[1:], counts):
-        yield f"{low:>7,} - {high - 1:>7,} {count:>7,} {'█' * -(-count * width // counts.max())}"
-
-
-def marked(tokenizer, tokens, mask):
-    """One row as text, its targets green in a terminal (but see no-color.org), else [[in
-    brackets]]; the middle of a long piece is left out."""
-    in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    context, target = ("\033[90m{}\033[0m", "\033[32m{}\033[0m") if in_colour else ("{}", "[[{}]]")
-    for span in np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(mask)) + 1):
-        text = tokenizer.decode(tokens[span].tolist())
-        if len(text) > 400:
-            text = f"{text[:200]} ... {len(text) - 400:,} characters ... {text[-200:]}"
-        yield (target if mask[span[0]] else context).format(text)
-
-
-def print_rows(args):
-    """Counts, lengths, packing and one of the rows that train.py would see with these flags."""
-    _, config, tokenizer, max_seq_len, rows = load_input(args, weights=False)
-    if not 0 <= args.row < len(rows):
-        raise ValueError(f"--row {args.row}: the rows kept are 0 to {len(rows) - 1}")
-    print(summary_of(rows.counts))
-    lengths = rows.lengths
-    print(f"tokens: {lengths.sum():,}, targets {rows.num_targets.sum() / lengths.sum():.1%}; "
-          f"mean {lengths.mean():,.0f}, median {np.median(lengths):,.0f}, "
-          f"longest {lengths.max():,}\n")
-    print("\n".join(histogram(lengths)))
-    print_packing(rows, config, args, max_seq_len)
-    print(f"\nrow {args.row} ({rows.where(args.row)}), its targets green, or in [[ ]]:")
-    print("".join(marked(tokenizer, *rows[args.row])))
-
-
-def print_packing(rows, config, args, max_seq_len):
-    """How the first batches of an epoch would be packed."""
-    costs = config.train_flops(rows.lengths.astype(float))
-    batches = [batch_indices(len(rows), args.batch_size, 42, step)
-               for step in range(min(20, -(-len(rows) // args.batch_size)))]
-    packed = packing(rows.lengths, costs, batches, max_seq_len, args.num_ranks)
-    print(f"\npacking of {len(batches)} batches of {args.batch_size} on {args.num_ranks} GPUs (the "
-          f"recipe: 96, 8): {packed['micro_steps']:.1f} micro-steps a batch, rows of "
-          f"{max_seq_len:,} filled {packed['filled']:.1%}, cost max/mean {packed['imbalance']:.3f}")
-    print("Filled is the share of such rows that holds tokens (the rest is not computed); cost "
-          "max/mean is\nthe work of a micro-step's slowest GPU over the mean of all, which wait "
-          "for it.")
-
-
-def print_problems(args):
-    """How many problems there are of each sort, and one of them as sample.py asks it."""
-    sorts, counts, shown = Counter(), Counter(), None
-    for number, problem in enumerate(read_problems(args.data, counts, args.split, args.where)):
-        difficulty = problem.get("difficulty", problem.get("level", "-"))
-        sorts[problem["source"], problem["kind"], as_text(difficulty)] += 1
-        if number == args.row:
-            shown = problem
-    if shown is None:
-        raise ValueError(f"--row {args.row}: the problems kept are 0 to {counts['kept'] - 1}")
-    print(summary_of(counts))
-    print("\nproblems  kind    difficulty  source")
-    for (source, kind, difficulty), count in sorted(sorts.items()):
-        print(f"{count:>8,}  {kind:<6}  {difficulty:<10}  {source}")
-    print(f"\nproblem {args.row} (source {shown['source']}, id {shown['id']}), as it is asked:\n"
-          f"{recipe_prompt(shown)}")
-
-
-def add_selection(add):
-    """The flags of all scripts that say which rows of --data or --problems are read."""
-    add("--split", "of folders and hub data sets, such as test, train,test or main/test (default: "
-        "train if there is one, else all; a benchmark's own)")
-    add("--where", "read only rows with one of these values in a field, and so for each: "
-        "FIELD=VALUE[,VALUE] ...", nargs="+", default=[])
-
+# ---------------------------------------------------------------------------------------- processes
 
 def lock(file, name):
     """Holds the lock of an open file for as long as it is open, at most as this process lives.
@@ -1786,6 +1710,84 @@ def run(main, *advice):
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
+
+
+# -------------------------------------------------------------------------------------- the command
+
+def histogram(lengths, width=50, bins=12):
+    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1).astype(int))
+    counts = np.histogram(lengths, edges)[0]
+    yield f"{'tokens of a row':>17} {'rows':>7}"
+    for low, high, count in zip(edges, edges[1:], counts):
+        yield f"{low:>7,} - {high - 1:>7,} {count:>7,} {'█' * -(-count * width // counts.max())}"
+
+
+def marked(tokenizer, tokens, mask):
+    """One row as text, its targets green in a terminal (but see no-color.org), else [[in
+    brackets]]; the middle of a long piece is left out."""
+    in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    context, target = ("\033[90m{}\033[0m", "\033[32m{}\033[0m") if in_colour else ("{}", "[[{}]]")
+    for span in np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(mask)) + 1):
+        text = tokenizer.decode(tokens[span].tolist())
+        if len(text) > 400:
+            text = f"{text[:200]} ... {len(text) - 400:,} characters ... {text[-200:]}"
+        yield (target if mask[span[0]] else context).format(text)
+
+
+def print_rows(args):
+    """Counts, lengths, packing and one of the rows that train.py would see with these flags."""
+    _, config, tokenizer, max_seq_len, rows = load_input(args, weights=False)
+    if not 0 <= args.row < len(rows):
+        raise ValueError(f"--row {args.row}: the rows kept are 0 to {len(rows) - 1}")
+    print(summary_of(rows.counts))
+    lengths = rows.lengths
+    print(f"tokens: {lengths.sum():,}, targets {rows.num_targets.sum() / lengths.sum():.1%}; "
+          f"mean {lengths.mean():,.0f}, median {np.median(lengths):,.0f}, "
+          f"longest {lengths.max():,}\n")
+    print("\n".join(histogram(lengths)))
+    print_packing(rows, config, args, max_seq_len)
+    print(f"\nrow {args.row} ({rows.where(args.row)}), its targets green, or in [[ ]]:")
+    print("".join(marked(tokenizer, *rows[args.row])))
+
+
+def print_packing(rows, config, args, max_seq_len):
+    """How the first batches of an epoch would be packed."""
+    costs = config.train_flops(rows.lengths.astype(float))
+    batches = [batch_indices(len(rows), args.batch_size, 42, step)
+               for step in range(min(20, -(-len(rows) // args.batch_size)))]
+    packed = packing(rows.lengths, costs, batches, max_seq_len, args.num_ranks)
+    print(f"\npacking of {len(batches)} batches of {args.batch_size} on {args.num_ranks} GPUs (the "
+          f"recipe: 96, 8): {packed['micro_steps']:.1f} micro-steps a batch, rows of "
+          f"{max_seq_len:,} filled {packed['filled']:.1%}, cost max/mean {packed['imbalance']:.3f}")
+    print("Filled is the share of such rows that holds tokens (the rest is not computed); cost "
+          "max/mean is\nthe work of a micro-step's slowest GPU over the mean of all, which wait "
+          "for it.")
+
+
+def print_problems(args):
+    """How many problems there are of each sort, and one of them as sample.py asks it."""
+    sorts, counts, shown = Counter(), Counter(), None
+    for number, problem in enumerate(read_problems(args.data, counts, args.split, args.where)):
+        difficulty = problem.get("difficulty", problem.get("level", "-"))
+        sorts[problem["source"], problem["kind"], as_text(difficulty)] += 1
+        if number == args.row:
+            shown = problem
+    if shown is None:
+        raise ValueError(f"--row {args.row}: the problems kept are 0 to {counts['kept'] - 1}")
+    print(summary_of(counts))
+    print("\nproblems  kind    difficulty  source")
+    for (source, kind, difficulty), count in sorted(sorts.items()):
+        print(f"{count:>8,}  {kind:<6}  {difficulty:<10}  {source}")
+    print(f"\nproblem {args.row} (source {shown['source']}, id {shown['id']}), as it is asked:\n"
+          f"{recipe_prompt(shown)}")
+
+
+def add_selection(add):
+    """The flags of all scripts that say which rows of --data or --problems are read."""
+    add("--split", "of folders and hub data sets, such as test, train,test or main/test (default: "
+        "train if there is one, else all; a benchmark's own)")
+    add("--where", "read only rows with one of these values in a field, and so for each: "
+        "FIELD=VALUE[,VALUE] ...", nargs="+", default=[])
 
 
 def main():

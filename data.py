@@ -97,7 +97,8 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 # Of a row or a turn: they change what it says, and nothing here renders them.
 UNSUPPORTED = ("tools", "tool_calls", "functions", "function_call", "reasoning_content",
                "reasoning", "thinking", "image", "images", "video", "videos", "audio", "audios")
-# Of a turn; the first is the default. A table fills absent fields with None: only a loss says that.
+# Of a turn; the first is the default. None, elsewhere an absent field, says of a loss that none is
+# taken.
 LOSS = {"loss": (True, False, None), "weight": (1, 0), "train": (True, False)}
 MAX_SEQ_LEN = 16384  # the recipe's
 # Part of the cache's key: raise it when what the cached files mean or a built-in row changes.
@@ -429,6 +430,7 @@ def named_like(path):
 
 
 def is_data(path):
+    """Whether a file of this name holds rows."""
     return DATA_SUFFIX.search(path.name) and path.name not in NO_ROWS
 
 
@@ -640,9 +642,9 @@ def selected_rows(sources, where, counts):
     for source in sources:
         for row, line in read_rows(source):
             counts["rows"] += 1
-            fields = [(field, as_text(row.get(field))) for field, _ in wanted]
-            found.update((field, text[:60]) for field, text in fields)
-            if all(text in values.split(",") for (_, text), (_, values) in zip(fields, wanted)):
+            found.update((field, as_text(row.get(field))[:60]) for field, _ in wanted)
+            if all(row.get(field) is not None and as_text(row[field]) in values.split(",")
+                   for field, values in wanted):
                 yield row, source, line
             else:
                 counts["left out by --where"] += 1
@@ -1573,7 +1575,7 @@ class Benchmark:
                    default=(0, None))
 
 
-def decontaminate(names, against, out, size, split=None, where=(), shown=5):
+def decontaminate(names, against, out, size, split=None, where=()):
     """Copies training rows, or problems, whose questions share no n-gram with the benchmarks', and
     prints what was dropped, the worst first (the method of open-r1)."""
     sources = find_sources(names, split)
@@ -1597,10 +1599,12 @@ def decontaminate(names, against, out, size, split=None, where=(), shown=5):
             else:
                 counts[f"like {problem[0]}"] += 1
                 worst.append((share, f"{source}:{line}", problem))
+                worst.sort(reverse=True)
+                del worst[5:]
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(out, kept_lines())
     print(summary_of(counts))
-    for share, place, problem in sorted(worst, reverse=True)[:shown]:
+    for share, place, problem in worst:
         print(f"{share:6.1%} of the {size}-grams of {' '.join(problem)} are in {place}")
     print(f"compared with {len(benchmark.num_grams):,} questions; {benchmark.num_wordless:,} could "
           "not be compared: they have no words")
@@ -1715,6 +1719,7 @@ def run(main, *advice):
 # -------------------------------------------------------------------------------------- the command
 
 def histogram(lengths, width=50, bins=12):
+    """Lines of a bar chart of row lengths, whose bins widen by the same ratio."""
     edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1).astype(int))
     counts = np.histogram(lengths, edges)[0]
     yield f"{'tokens of a row':>17} {'rows':>7}"
@@ -1753,7 +1758,7 @@ def print_rows(args):
 def print_packing(rows, config, args, max_seq_len):
     """How the first batches of an epoch would be packed."""
     costs = config.train_flops(rows.lengths.astype(float))
-    batches = [batch_indices(len(rows), args.batch_size, 42, step)
+    batches = [batch_indices(len(rows), args.batch_size, 42, step)  # train.py's default seed
                for step in range(min(20, -(-len(rows) // args.batch_size)))]
     packed = packing(rows.lengths, costs, batches, max_seq_len, args.num_ranks)
     print(f"\npacking of {len(batches)} batches of {args.batch_size} on {args.num_ranks} GPUs (the "
@@ -1786,8 +1791,8 @@ def add_selection(add):
     """The flags of all scripts that say which rows of --data or --problems are read."""
     add("--split", "of folders and hub data sets, such as test, train,test or main/test (default: "
         "train if there is one, else all; a benchmark's own)")
-    add("--where", "read only rows with one of these values in a field, and so for each: "
-        "FIELD=VALUE[,VALUE] ...", nargs="+", default=[])
+    add("--where", "of --data or --problems read only rows with one of these values in a field, "
+        "and so for each: FIELD=VALUE[,VALUE] ...", nargs="+", default=[])
 
 
 def main():

@@ -272,8 +272,7 @@ def main():
         write_results(out, settings, log.lines, price_of(args, settings["device"]))
         answers = (answer_heldout(Qwen2.from_pretrained(out), tokenizer, stop_ids, 60)
                    if is_lesson else [])
-        selection = ["--split", args.split] * bool(args.split) + ["--where"] * bool(args.where)
-        print_end(out, args.data + selection + args.where, answers)
+        print_end(out, args, answers)
     release(lock)
 
 
@@ -637,7 +636,7 @@ def print_start(settings, out, step):
               else "no checkpoint yet: starting from the beginning")
 
 
-def print_end(out, names, answers):
+def print_end(out, args, answers):
     """Where things are, some of what a built-in model answers, and what to do next."""
     print(f"finished: {out} is a Hugging Face folder; its loss curve is {out}/loss.svg")
     for answer in answers[:3]:
@@ -647,8 +646,10 @@ def print_end(out, names, answers):
         solved = sum(answer.is_right for answer in answers)
         print(f"\nheld-out problems solved: {solved} of {len(answers)} "
               f"({solved / len(answers):.0%})")
+    rows = args.data + ["--split", args.split] * bool(args.split)
+    rows += ["--where", *args.where] if args.where else []
     print(f"\nnext: python sample.py --model {out}    (a chat)\n"
-          f"      python data.py {shlex.join(names)} --model {out}    (its rows)")
+          f"      python data.py {shlex.join(rows)} --model {out}    (its rows)")
 
 
 def resume_command(args, out):

@@ -787,6 +787,7 @@ def test_where_keeps_rows_by_their_fields_as_text(tmp_path, where, kept):
     (["difficulty=5"], r"there are difficulty=absent \(4\); the fields of a row are source, level"),
     (["source=math", "level=4"], r"there are level=5 \(3\), source=olympiads \(2\), level=4"),
     (["source"], "--where source: write each as FIELD=VALUE"),
+    (["difficulty=absent"], r"there are difficulty=absent \(4\)"),
     (["long=x"], r"there are long=y{60} \(4\); ")])
 def test_where_that_leaves_nothing_lists_what_there_is(tmp_path, where, says):
     (tmp_path / "a.jsonl").write_bytes(lines(*(row | {"long": "y" * 99} if "long=x" in where

@@ -345,59 +345,62 @@ class KVCache:
     that each step adds a token to the first rows."""
 
     def __init__(self, config, num_slots, length, dtype, device, num_key_value_heads=None):
-        Hkv = num_key_value_heads or config.num_key_value_heads
+        self.Hkv = num_key_value_heads or config.num_key_value_heads
         self.length = length
         shape = (
-            2,  # keys and values
             config.num_hidden_layers,
             num_slots,
-            Hkv,
+            2 * self.Hkv,  # the heads' keys, then their values
             length,
             config.head_dim,
         )
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.slots = torch.arange(num_slots, device=device)
+        self.shape = None  # of the decode step that the views are for
 
     def prefill(self, model, input_ids, slot):
         """Reads a prompt (T,) into a slot; -> logits (V,) of its last token."""
-        self.slots = slice(slot, slot + 1)
-        self.position_ids = torch.arange(len(input_ids), device=input_ids.device)[None]  # (1, T)
+        self.slot = slot
         self.mask = None  # a prompt sees only itself
-        return model(input_ids[None], position_ids=self.position_ids, cache=self)[0, 0]
+        position_ids = torch.arange(len(input_ids), device=input_ids.device)[None]  # (1, T)
+        return model(input_ids[None], position_ids=position_ids, cache=self)[0, 0]
 
     def decode(self, model, input_ids, positions, length):
-        """Adds a token to each of the first B rows: input_ids and positions (B,), all positions
-        below length -> logits (B, V). Shapes depend on B and length alone."""
-        self.slots = slice(len(input_ids))
-        self.position_ids = positions[:, None]  # (B, 1)
+        """Adds a token to each of the first B rows: input_ids and positions (B,) -> logits (B, V).
+        The cells below `length` are read: positions beyond it are of rows that nobody asks for.
+        Shapes depend on B and length alone."""
+        B = len(input_ids)
+        if self.shape != (B, length):
+            self.shape = B, length
+            self.rows = self.slots[:B]  # not made anew: a CUDA graph would outlive it
+            self.views = [  # (B, all cells, 2 Hkv, D), keys and values (B, Hkv, length, D)
+                (kv.transpose(1, 2), kv[:, :self.Hkv, :length], kv[:, self.Hkv:, :length])
+                for kv in self.kv[:, :B]
+            ]
+        self.positions = positions
         keys = torch.arange(length, device=positions.device)
         unseen = keys > positions[:, None, None, None]  # (B, 1, 1, S)
         # added to the scores; made once, where SDPA would make it of a bool mask in each layer
         self.mask = torch.zeros_like(unseen, dtype=self.kv.dtype).masked_fill_(unseen, -torch.inf)
-        return model(input_ids[:, None], position_ids=self.position_ids, cache=self)[:, 0]
+        return model(input_ids[:, None], position_ids=positions[:, None], cache=self)[:, 0]
 
     def attend(self, layer, q, k, v, document_lengths):
         """Stores the new tokens' k and v (B, Hkv, T, D), attends to all: q -> y (B, H, T, D). T is
         a prompt's length, or 1."""
-        keys, values = self.kv[:, layer, self.slots]  # (B, Hkv, length, D) each
-        where = self.position_ids[:, None, :, None].expand_as(k)
-        keys.scatter_(2, where, k)
-        values.scatter_(2, where, v)
+        kv = torch.cat([k, v], dim=1)  # (B, 2 Hkv, T, D)
         if self.mask is None:
+            self.kv[layer, self.slot, :, :kv.shape[2]] = kv[0]
             return packed_attention(q, k, v, document_lengths)
-        S = self.mask.shape[-1]
-        # the heads that share a key become the queries of one head
-        grouped = q[:, :, 0].unflatten(1, (k.shape[1], -1))  # (B, Hkv, H / Hkv, D)
-        y = F.scaled_dot_product_attention(
-            grouped,
-            keys[:, :, :S],
-            values[:, :, :S],
-            attn_mask=self.mask,
-        )
+        cells, keys, values = self.views[layer]
+        cells.index_put_((self.rows, self.positions), kv[:, :, 0])
+        # the heads that share a key become the queries of one head: (B, Hkv, H / Hkv, D)
+        grouped = q.reshape(len(q), self.Hkv, -1, q.shape[-1])
+        y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask)
         return y.reshape(q.shape)
 
     def copy(self, source, target, length):
         """A row's first tokens to another slot."""
-        self.kv[:, :, target, :, :length] = self.kv[:, :, source, :, :length]
+        self.kv[:, target, :, :length] = self.kv[:, source, :, :length]
 
 
 # ------------------------------------------------------------------------------------ configuration

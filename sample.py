@@ -5,30 +5,34 @@
     python sample.py --model DIR --problems gsm8k.jsonl --n 4 --out samples.jsonl
     torchrun --nproc_per_node=8 sample.py --model DIR --problems ...      # the problems shared out
 
-Each sample has a random stream of its own, named by seed, problem and number: it does not depend on
-the batch, the order, the number of processes, or on what a killed run had finished. In fp32 logits
-of another batch may differ in their last bits, which hardly ever changes a drawn token (see
-choose); in bf16 this holds for one number of slots.
+A model is asked as it was trained: its chat template puts the system prompt in, unless --system
+gives another. Each sample has random numbers of its own, named by seed, problem and number: it does
+not depend on the batch, the order, the number of processes, or on what a killed run had finished.
+In fp32 logits of another batch may differ in their last bits, which hardly ever changes a token; in
+bf16 this holds for one number of slots.
+
+In order: choosing a token, the engine, memory, faster layers, the sample file, who answers (a model
+here or a server), what is asked, the chat, the command.
 """
-import hashlib
 import http.client
 import json
 import math
 import os
 import random
 import re
+import select
 import signal
 import socket
 import sys
+import threading
 import time
-import urllib.error
 import urllib.request
 from array import array
-from collections import deque
-from concurrent import futures
+from collections import namedtuple
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import islice
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from verify import begin_script
@@ -49,16 +53,12 @@ from model import KVCache, Qwen2, Qwen2Config, atomic_write, check_weights, rota
 SLOTS = {"cpu": 16, "cuda": 64}     # rows of a batch, where memory has room for so many
 INTERVAL = {"cpu": 1, "cuda": 16}   # steps between looks at the tokens: on CUDA each look waits
 LENGTH_STEP = {"cpu": 64, "cuda": 512}  # the cache is read up to a multiple of this
-FIRST = (128, 1024)                 # tokens tried before all others (few_first)
 # Not cuDNN's, which PyTorch may prefer: it makes a plan for each length of a prompt.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32)
-VERDICT_FIELDS = ("passed", "extracted", "reason")
-RESULT_FIELDS = ("sample", "response", "finish_reason", "num_tokens", "model", "original",
-                 "rewriter", *VERDICT_FIELDS)
 
 
-# ----------------------------------------------------------------------------------------- sampling
+# --------------------------------------------------------------------------------- choosing a token
 
 @dataclass(frozen=True)
 class Sampling:
@@ -77,244 +77,232 @@ class Sampling:
             raise ValueError("--temperature must be 0 or more, --top_p above 0 and at most 1, "
                              "--top_k 0 or more, --repetition_penalty above 0")
 
-
-def stream_key(seed, stream):
-    """The 64-bit name of a random stream."""
-    digest = hashlib.blake2b(f"{seed}\0{stream}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    def random_numbers(self, stream):
+        """The generator of a stream, which any object that prints alike names."""
+        return random.Random(f"{self.seed}\0{stream}")
 
 
-def mixed(z):
-    """SplitMix64's output function (Steele et al., OOPSLA 2014) of int64: alike on every device."""
-    def shifted(z, bits):  # logical: int64 shifts copy the sign
-        return (z >> bits) & ((1 << (64 - bits)) - 1)
-    z = (z ^ shifted(z, 30)) * -0x40A7B892E31B1A47
-    z = (z ^ shifted(z, 27)) * -0x6B2FB644ECCEEE15
-    return z ^ shifted(z, 31)
-
-
-def uniform(keys, counts, ids):
-    """Numbers in [0, 1) of streams: keys, counts (B,) int64, ids (B, K) -> (B, K) float64; each
-    depends on its key, count and id alone."""
-    golden = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
-    z = mixed(mixed(keys + (counts + 1) * golden)[:, None] + (ids + 1) * golden)
-    return ((z >> 11) & ((1 << 53) - 1)).double() * 2.0 ** -53
-
-
-def choose(logits, sampling, keys, counts, seen=None):
-    """A token for each row: logits (B, V), keys and counts (B,) of the rows' streams, seen (B, V)
-    bool for a repetition penalty -> (B,). Each row depends on itself alone.
-
-    A draw is a race: the largest log p + Gumbel noise (arXiv 1411.0030), where each id has noise of
-    its own. So logits that differ in their last bits, as those of another batch may, hardly ever
-    change a token; a walk along the cumulated p would meet them at any of its steps.
-    """
+def choose(logits, sampling, u, seen=None):
+    """A token for each row: logits (B, V), u (B,) float64 in [0, 1), seen (B, V) bool for a
+    repetition penalty -> (B,). Each row depends on itself alone."""
     logits = logits.float()
-    B, V = logits.shape
-    if sampling.num_ids is not None and sampling.num_ids < V:
+    if sampling.num_ids is not None:
         logits[:, sampling.num_ids:] = -torch.inf
     if (penalty := sampling.repetition_penalty) != 1.0:  # arXiv 1909.05858, as transformers has it
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, penalised, logits)
-    if sampling.temperature < 1e-6:  # 0, or so near that logits might overflow
-        return logits.max(-1).indices  # on a CPU faster than argmax
-    logits = logits / sampling.temperature
-    first_tried = not sampling.top_k and sampling.top_p >= 1 and few_first(logits)
+    most, ids = logits.max(-1, keepdim=True)  # on a CPU faster than argmax
+    if sampling.temperature < 1e-6:  # 0, or so near that it is 0 in fp32
+        return ids[:, 0]
+    p = ((logits - most) / sampling.temperature).exp_()  # not divided by its sum
     if sampling.top_k:
-        score, ids = logits.topk(min(sampling.top_k, V))
-    elif first_tried:
-        score, ids = logits.topk(FIRST[0])
-    else:
-        score, ids = logits, torch.arange(V, device=logits.device).expand(B, V)
+        least = p.topk(min(sampling.top_k, p.shape[-1])).values[:, -1:]
+        p.masked_fill_(p < least, 0)
     if sampling.top_p < 1:
-        score, order = descending(score.log_softmax(-1), sampling.top_p)
-        ids, p = ids.gather(-1, order), score.double().exp()
-        score = score.masked_fill(p.cumsum(-1) - p >= sampling.top_p, -torch.inf)
-    score = score.double() - (-uniform(keys, counts, ids).log()).log()  # Gumbel: -log(-log u)
-    best, place = score.max(-1, keepdim=True)
-    chosen = ids.gather(-1, place)[:, 0]
-    if first_tried:
-        beyond_first(chosen, best[:, 0], logits, ids, keys, counts)
-    return chosen
+        p.masked_fill_(p < least_of_top_p(p, sampling.top_p), 0)
+    # the id at which the cumulated p reaches u: in which block, then where in it (a sum over all
+    # of V would be exact in float64 alone, and take five times as long)
+    blocks = F.pad(p, (0, -p.shape[-1] % 128)).unflatten(-1, (-1, 128))  # (B, V / 128, 128)
+    block, u = interval_of(u[:, None], blocks.sum(-1))
+    place, _ = interval_of(u, blocks.gather(1, block[:, :, None].expand(-1, 1, 128))[:, 0])
+    return (128 * block + place)[:, 0]
 
 
-def few_first(logits):
-    """On a CPU the most likely tokens are tried before the whole vocabulary; on CUDA the question
-    whether they are enough would cost a wait."""
-    return logits.device.type == "cpu" and logits.shape[-1] > FIRST[-1]
+def least_of_top_p(p, top_p):
+    """The p (B, 1) of the least likely token that is kept: what is more likely than a kept one has
+    less than top_p of the mass of p (B, V)."""
+    V = p.shape[-1]
+    wanted = top_p * p.sum(-1, keepdim=True, dtype=torch.float64)
+    # on a CPU the first few are sorted much faster; on CUDA the question would cost a wait
+    for count in (128, 4096, V) if p.device.type == "cpu" else (V,):
+        top = p.topk(count).values if count < V else p.sort(descending=True).values
+        is_kept = top.cumsum(-1, dtype=torch.float64) - top < wanted
+        if count >= V or not is_kept[:, -1].any():
+            return top.where(is_kept, torch.inf).amin(-1, keepdim=True)
 
 
-def beyond_first(chosen, best, logits, first, keys, counts):
-    """All tokens but the first enter the race as one; where it wins, it is drawn which. Changes
-    chosen (B,) in place; best (B,) is what the first (B, K) ids ran."""
-    rest = logits.scatter(-1, first, -torch.inf)
-    B, V = logits.shape
-    u = uniform(keys, counts, torch.arange(V, V + 2).expand(B, 2))  # of ids that no token has
-    rows = (rest.logsumexp(-1).double() - (-u[:, 0].log()).log() > best).nonzero()[:, 0]
-    if len(rows):
-        total = rest[rows].double().softmax(-1).cumsum(-1)
-        chosen[rows] = torch.searchsorted(total, u[rows, 1:] * total[:, -1:], right=True)[:, 0]
-
-
-def descending(log_p, mass):
-    """(log p, ids) from the most likely on, equal ones by id; enough for `mass`, or all."""
-    for first in FIRST if few_first(log_p) else ():
-        top, index = log_p.topk(first)
-        index, order = index.sort(-1)
-        top, order = top.gather(-1, order).sort(descending=True, stable=True)
-        # what equals the last may go on beyond the first
-        if ((top.double().exp() * (top > top[:, -1:])).sum(-1) >= mass).all():
-            return top, index.gather(-1, order)
-    return log_p.sort(descending=True, stable=True)
+def interval_of(u, sizes):
+    """Intervals of these sizes (B, N) lie side by side, together as long as [0, 1): in which one u
+    (B, 1) lies, and how far into it, from 0 to 1."""
+    ends = sizes.cumsum(-1, dtype=torch.float64)
+    place = u.clamp(0, 1 - 2 ** -40) * ends[:, -1:]  # before the last end, whatever was rounded
+    index = torch.searchsorted(ends, place, right=True)
+    return index, 1 - (ends.gather(-1, index) - place) / sizes.gather(-1, index)
 
 
 # ------------------------------------------------------------------------------------------- engine
 
 @dataclass
 class Request:
-    """A prompt (token ids) and the name of its random stream. `forced`, a function of the tokens so
-    far, may return tokens to take instead of the next one."""
+    """A prompt (token ids) and the name of its random numbers; `tag` is the caller's own.
+    `replace`(tokens so far, next one) says which token is taken instead; `ended`(tokens so far)
+    whether that was the last."""
     prompt: list
     stream: object
     max_new_tokens: int
     tag: object = None
-    forced: object = None
+    replace: object = None
+    ended: object = None
     tokens: list = field(default_factory=list)
-    queue: deque = field(default_factory=deque)
+
+    def take(self, token, stop_ids):
+        """Adds a token; returns why the answer ends there, "stop" or "length", or None."""
+        if token in stop_ids:
+            return "stop"
+        self.tokens.append(token)
+        if self.ended and self.ended(self.tokens):
+            return "stop"
+        return "length" if len(self.tokens) >= self.max_new_tokens else None
 
 
 class Engine:
-    """Continuous batching over a static cache: prompts are read one at a time into free slots, all
-    occupied slots step together, a finished one is refilled at once.
+    """Continuous batching over a static cache. Row i of the cache and of all tensors belongs to
+    requests[i]. Prompts are read one at a time, all rows step together, a finished one's place is
+    taken by the last, and new ones come in at once.
 
-    In fp32 on a CPU finished rows are dropped from the batch; otherwise its shape is constant,
-    as bf16 products of another shape may round otherwise (and CUDA graphs want it so).
+    In fp32 on a CPU the batch has as many rows as there are requests; otherwise its shape is
+    constant, as bf16 products of another shape may round otherwise (and CUDA graphs want it so).
     """
 
-    def __init__(self, model, num_slots, length, sampling, stop_ids=(), finished=None):
+    def __init__(self, model, num_slots, length, sampling, stop_ids=()):
         parameter = next(model.parameters())
-        self.model, self.sampling, self.stop_ids = model, sampling, frozenset(stop_ids)
-        self.finished = finished or (lambda request: False)
-        self.device, self.length = parameter.device, length
-        self.interval = INTERVAL[self.device.type]
-        self.compact = self.device.type == "cpu" and parameter.dtype == torch.float32
-        cells = cells_of(length, self.device.type)
-        self.cache = KVCache(model.config, num_slots, cells, parameter.dtype, self.device,
-                             getattr(model, "num_key_value_heads", None))
-        self.rows = [None] * num_slots       # the requests
-        self.prompts = [None] * num_slots    # what a slot's cache begins with, and its logits
-        self.input_ids, self.positions, self.keys, self.counts, self.live = (
-            torch.zeros(num_slots, dtype=torch.long, device=self.device) for _ in range(5))
-        self.positions += cells - 1
-        self.seen = torch.zeros(num_slots, model.config.vocab_size, dtype=torch.bool,
-                                device=self.device) if sampling.repetition_penalty != 1 else None
+        self.model = model
+        self.sampling = sampling
+        self.stop_ids = frozenset(stop_ids)
+        self.device = parameter.device
+        self.num_slots = num_slots
+        self.cells = cells_of(length, self.device.type)
+        self.is_constant = self.device.type == "cuda" or parameter.dtype != torch.float32
+        self.cache = KVCache(
+            model.config,
+            num_slots,
+            self.cells,
+            parameter.dtype,
+            self.device,
+            getattr(model, "num_key_value_heads", None),
+        )
+        self.requests = []
+        self.last_read = None, None, None  # a prompt, its keys and values, its logits
+        # a row's last token, and the cell that it will be stored in
+        self.input_ids = torch.zeros(num_slots, dtype=torch.long, device=self.device)
+        self.positions = torch.full_like(self.input_ids, self.cells - 1)
+        # for the token in each cell
+        self.u = torch.zeros(num_slots, self.cells, dtype=torch.float64, device=self.device)
+        self.seen = None  # which tokens a row has had, for a repetition penalty
+        if sampling.repetition_penalty != 1:
+            shape = num_slots, model.config.vocab_size
+            self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
         self.graphs = {}
         if self.device.type == "cuda":  # one of each for all graphs: none outlives its step
-            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
-        self.num_steps = self.num_tokens = 0
+            self.pool = torch.cuda.graph_pool_handle()
+            self.stream = torch.cuda.Stream(self.device)
 
     @torch.inference_mode()
-    def run(self, requests):
-        """Yields (request, "stop" or "length") as they finish; the stop token is not in .tokens."""
-        requests = iter(requests)
+    def run(self, requests, every_step=False):
+        """Yields (request, "stop" or "length") as they finish, the stop token not in its tokens;
+        with every_step also (request, None) of all others after each step."""
+        waiting = iter(requests)
+        while self.requests:  # of a run that was broken off
+            self.remove(len(self.requests) - 1)
         while True:
-            for slot in range(len(self.rows)):
-                while self.rows[slot] is None and (request := next(requests, None)) is not None:
-                    yield from self.admit(request, slot)
-            active = [slot for slot, row in enumerate(self.rows) if row is not None]
-            if not active:
+            while len(self.requests) < self.num_slots and (request := next(waiting, None)):
+                if reason := self.take(len(self.requests), self.read(request)):
+                    yield request, reason
+                    self.remove(len(self.requests) - 1)
+            if not self.requests:
                 return
-            for tokens in self.steps(active):
-                for slot, token in zip(active, tokens, strict=True):
-                    if self.rows[slot] is not None:
-                        yield from self.take(slot, token)
-            if self.compact:
-                self.close_gaps()
+            finished = {}
+            for tokens in self.steps(every_step):
+                for row, token in enumerate(tokens):
+                    if row not in finished and (reason := self.take(row, token)):
+                        finished[row] = reason
+            for row, request in enumerate(self.requests):
+                if row in finished or every_step:
+                    yield request, finished.get(row)
+            for row in sorted(finished, reverse=True):
+                self.remove(row)
 
-    def admit(self, request, slot):
-        """Reads a prompt into a slot, or copies it from another, and chooses its first token."""
-        prompt, T = tuple(request.prompt), len(request.prompt)
+    def read(self, request):
+        """Reads a prompt into the next row, and returns its first token. The samples of one problem
+        follow each other: then what was read is copied."""
+        row, T = len(self.requests), len(request.prompt)
         ids = torch.tensor(request.prompt, device=self.device)
-        source = next((i for i, old in enumerate(self.prompts) if old and old[0] == prompt), None)
-        if source is None:
-            with sdpa_kernel(ATTENTION):
-                logits = self.cache.prefill(self.model, ids, slot)
+        prompt, kv, logits = self.last_read
+        if prompt == request.prompt:
+            self.cache.kv[:, row, :, :T] = kv
         else:
-            logits = self.prompts[source][1]
-            if source != slot:
-                self.cache.copy(source, slot, T)
-        self.prompts[slot], self.rows[slot] = (prompt, logits), request
-        self.keys[slot] = stream_key(self.sampling.seed, request.stream)
-        self.counts[slot], self.positions[slot], self.live[slot] = 0, T, 1
+            with sdpa_kernel(ATTENTION):
+                logits = self.cache.prefill(self.model, ids, row)
+            self.last_read = request.prompt, self.cache.kv[:, row, :, :T].clone(), logits
+        self.requests.append(request)
+        self.positions[row] = T
+        rng = self.sampling.random_numbers(request.stream)
+        u = [rng.random() for _ in range(request.max_new_tokens)]
+        self.u[row, T:T + len(u)] = torch.tensor(u, dtype=torch.float64)
         if self.seen is not None:
-            self.seen[slot] = False
-            self.seen[slot, ids] = True
-        self.draw(logits[None].clone(), slice(slot, slot + 1))
-        yield from self.take(slot, int(self.input_ids[slot]))
+            self.seen[row] = False
+            self.seen[row, ids] = True
+        self.draw(logits[None].clone(), slice(row, row + 1))
+        return int(self.input_ids[row])
 
     def draw(self, logits, rows):
-        """Chooses the next tokens of a slice of the slots."""
-        keys, counts = self.keys[rows], self.counts[rows]
+        """Chooses the tokens of a slice of the rows for the cells at self.positions."""
+        u = self.u[rows].gather(1, self.positions[rows, None])[:, 0]
         seen = None if self.seen is None else self.seen[rows]
-        self.input_ids[rows] = choose(logits, self.sampling, keys, counts, seen)
+        self.input_ids[rows] = choose(logits, self.sampling, u, seen)
         if hasattr(self.model, "num_key_value_heads"):  # split: all ranks go on with one token
             dist.broadcast(self.input_ids[rows], 0)
-        self.counts[rows] += 1
 
-    def take(self, slot, token):
-        """Gives a row its next token; yields the row if that was its last."""
-        request = self.rows[slot]
-        if request.forced and not request.queue:
-            request.queue.extend(request.forced(request.tokens, token, self.stop_ids) or ())
-        if request.queue:
-            token = request.queue.popleft()
-            self.input_ids[slot] = token
-        reason = "stop" if token in self.stop_ids else None
-        if reason is None:
-            request.tokens.append(token)
-            self.num_tokens += 1
-            if self.seen is not None:
-                self.seen[slot, token] = True
-            if self.finished(request):
-                reason = "stop"
-            elif len(request.tokens) >= request.max_new_tokens:
-                reason = "length"
-        if reason:
-            self.rows[slot] = None
-            if not self.compact:  # the row steps on in the cache's last cell, which no row reads
-                self.live[slot], self.positions[slot] = 0, self.cache.length - 1
-            yield request, reason
+    def take(self, row, token):
+        """Gives a request its next token, or another one in its place; see Request.take."""
+        request = self.requests[row]
+        if request.replace:
+            token = request.replace(request.tokens, token)
+            self.input_ids[row] = token
+        if self.seen is not None:
+            self.seen[row, token] = True
+        return request.take(token, self.stop_ids)
 
-    def steps(self, active):
-        """The tokens that the active rows chose in each of the next steps. Looks are rare on CUDA,
-        where each one waits for the device; forced tokens and penalties need one every time."""
-        often = self.seen is not None or any(self.rows[slot].forced for slot in active)
-        n = 1 if often else self.interval
-        B = max(active) + 1 if self.compact else len(self.rows)
-        longest = max(len(self.rows[slot].prompt) + len(self.rows[slot].tokens) for slot in active)
+    def remove(self, row):
+        """Takes a request out; the last one moves into its row. Rows without a request step in the
+        last cell, which no request has."""
+        last = len(self.requests) - 1
+        if row != last:
+            self.cache.copy(last, row, int(self.positions[last]))
+            for tensor in (self.input_ids, self.positions, self.u, self.seen):
+                if tensor is not None:
+                    tensor[row] = tensor[last]
+            self.requests[row] = self.requests[last]
+        self.requests.pop()
+        self.positions[last] = self.cells - 1
+
+    def steps(self, one):
+        """The tokens that the requests chose in each of the next steps. Looks are rare on CUDA,
+        where each one waits for the device; replaced tokens and penalties need one every time."""
+        one = one or self.seen is not None or any(request.replace for request in self.requests)
+        n = 1 if one else INTERVAL[self.device.type]
+        B = self.num_slots if self.is_constant else len(self.requests)
+        longest = max(len(request.prompt) + len(request.tokens) for request in self.requests)
         multiple = LENGTH_STEP[self.device.type]
-        length = min(-(-(longest + n) // multiple) * multiple, self.cache.length)
-        step = (self.captured(B, length) if self.device.type == "cuda"
-                else lambda: self.step(B, length))
+        length = min(-(-(longest + n) // multiple) * multiple, self.cells)
+        step = self.captured if self.device.type == "cuda" else self.step
         history = []
         for _ in range(n):
-            step()
-            history.append(self.input_ids[:B].clone())
-        self.num_steps += n
-        return torch.stack(history)[:, active].tolist()
+            step(B, length)
+            history.append(self.input_ids[:len(self.requests)].clone())
+        return torch.stack(history).tolist()
 
     def step(self, B, length):
-        """One token for each of the first B slots, from and into the engine's tensors."""
+        """One token for each of the first B rows, from and into the engine's tensors."""
         with sdpa_kernel(ATTENTION):
             logits = self.cache.decode(self.model, self.input_ids[:B], self.positions[:B], length)
+        self.positions[:B].add_(1).clamp_(max=self.cells - 1)
         self.draw(logits, slice(B))
-        self.positions[:B] += self.live[:B]
 
     def captured(self, B, length):
         """The step as a CUDA graph: one launch a token, for these shapes."""
         if (B, length) not in self.graphs:
-            changed = self.input_ids, self.positions, self.counts
-            before = [tensor.clone() for tensor in changed]
+            before = self.input_ids.clone(), self.positions.clone()
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 for _ in range(2):  # warm-up: kernels are chosen, workspaces allocated
@@ -323,25 +311,48 @@ class Engine:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 self.step(B, length)
-            for tensor, value in zip(changed, before, strict=True):
-                tensor.copy_(value)
+            self.input_ids[:], self.positions[:] = before
             self.graphs[B, length] = graph
-        return self.graphs[B, length].replay
+        self.graphs[B, length].replay()
 
-    def close_gaps(self):
-        """Moves the last rows into the slots of finished ones: a batch is the first rows."""
-        occupied = [slot for slot, row in enumerate(self.rows) if row is not None]
-        for target in range(len(occupied)):
-            if self.rows[target] is None:
-                source = occupied.pop()
-                self.cache.copy(source, target, int(self.positions[source]))
-                for tensor in (self.input_ids, self.positions, self.keys, self.counts, self.live):
-                    tensor[target] = tensor[source]
-                if self.seen is not None:
-                    self.seen[target] = self.seen[source]
-                self.rows[target], self.rows[source] = self.rows[source], None
-                self.prompts[target] = self.prompts[source]
 
+def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, seed=0,
+             stop_ids=(), streams=None, num_slots=None):
+    """The new tokens of each prompt (lists of ids), in order, without the stop token. `streams`
+    names each prompt's random numbers (its index by default): equal names, prompts and seeds give
+    equal samples, whatever else is in the batch."""
+    streams = range(len(prompts)) if streams is None else streams
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {i} has no token")
+        check_room(f"prompt {i}", len(prompt), max_new_tokens, model.config)
+    if not prompts or max_new_tokens < 1:
+        return [[] for _ in prompts]
+    length = max(map(len, prompts)) + max_new_tokens
+    num_slots = num_slots or min(plan_slots(model, length), len(prompts))
+    sampling = Sampling(temperature, top_p, top_k, seed=seed)
+    engine = Engine(model, num_slots, length, sampling, stop_ids)
+    requests = [Request(list(prompt), stream, max_new_tokens)
+                for prompt, stream in zip(prompts, streams, strict=True)]
+    for _ in engine.run(requests):
+        pass
+    return [request.tokens for request in requests]
+
+
+HeldOutAnswer = namedtuple("HeldOutAnswer", "asked text expected is_right")
+
+
+def answer_heldout(model, tokenizer, stop_ids, count):
+    """Greedy answers to problems of the built-in tasks that no training row has."""
+    problems = list(data.builtin_problems("heldout", count))
+    chats = [messages_of(problem, None) for problem in problems]
+    prompts = [prompt_of(tokenizer, chat) for chat in chats]
+    texts = map(tokenizer.decode, generate(model, prompts, 160, stop_ids=stop_ids))
+    return [HeldOutAnswer(chat[-1]["content"], text, bare, text.endswith(bare))
+            for chat, text, bare in zip(chats, texts, (problem["bare"] for problem in problems))]
+
+
+# ------------------------------------------------------------------------------------------- memory
 
 def cells_of(length, device_type):
     """Cells of the cache for a row of `length` tokens, those that it steps beyond its end among
@@ -349,23 +360,29 @@ def cells_of(length, device_type):
     return -(-(length + INTERVAL[device_type]) // 64) * 64
 
 
+def check_room(name, num_tokens, max_new_tokens, config):
+    """ValueError if an answer would go beyond the positions that the model knows."""
+    most = config.max_position_embeddings
+    if num_tokens + max_new_tokens > most:
+        raise ValueError(f"{name} has {num_tokens:,} tokens: with --max_new_tokens "
+                         f"{max_new_tokens:,} that is more than the model's {most:,} positions")
+
+
 def free_memory(device):
     """Bytes that this process may still take: of the GPU, or of its host's or control group's."""
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()  # what PyTorch keeps of freed tensors is free to us
         return 0.9 * torch.cuda.mem_get_info(device)[0]
-    free, group = [], Path("/sys/fs/cgroup")
-    if found := re.search(r"MemAvailable: +(\d+) kB", read_if_there("/proc/meminfo")):
-        free.append(int(found[1]) * 1024)
-    if (limit := read_if_there(group / "memory.max").strip()).isdigit():
-        used = re.search(r"^anon (\d+)", read_if_there(group / "memory.stat"), re.M)
-        free.append(int(limit) - int(used[1] if used else 0))
-    free = min(free, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return 0.8 * free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    kilobytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1024
+    host = 1024 * number_in("/proc/meminfo", r"MemAvailable: +(\d+)", kilobytes)
+    group = (number_in("/sys/fs/cgroup/memory.max", r"(\d+)", host)
+             - number_in("/sys/fs/cgroup/memory.stat", r"anon (\d+)", 0))
+    return 0.8 * min(host, group) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def read_if_there(path):
-    return Path(path).read_text() if os.path.exists(path) else ""
+def number_in(path, pattern, default):
+    found = re.search(pattern, Path(path).read_text()) if os.path.exists(path) else None
+    return int(found[1]) if found else default
 
 
 def weight_bytes(config, dtype, device, ranks=1):
@@ -378,19 +395,12 @@ def weight_bytes(config, dtype, device, ranks=1):
 
 def check_weights_fit(config, dtype, device, ranks):
     """ValueError if a rank's weights are more than its device has free."""
-    free, gib = free_memory(device), 2 ** 30
-    wanted = weight_bytes(config, dtype, device, ranks)
-    if wanted <= free:
-        return
-    remedies = ["--dtype bfloat16"] * (dtype == torch.float32 and wanted / 2 < free)
-    if torch.device(device).type == "cuda":
-        enough = [n for n in (2, 4, 8, 16) if n > ranks and config.num_key_value_heads % n == 0
-                  and weight_bytes(config, dtype, device, n) < free]
-        remedies += [f"--tensor_parallel {n}" for n in enough[:1]]
-    remedy = (" or ".join(remedies) + " would fit" if remedies
-              else "take a smaller model or an --endpoint")
-    raise ValueError(f"the weights take {wanted / gib:.1f} GiB, {device} has {free / gib:.1f} "
-                     f"free: {(wanted - free) / gib:.1f} are missing; {remedy}")
+    free, wanted = free_memory(device), weight_bytes(config, dtype, device, ranks)
+    if wanted > free:
+        half = "--dtype bfloat16, " if dtype == torch.float32 else ""
+        raise ValueError(f"the weights take {wanted / 2 ** 30:.1f} GiB, {device} has "
+                         f"{free / 2 ** 30:.1f} free: {half}--tensor_parallel {2 * ranks} or more "
+                         "(on GPUs), a smaller model or an --endpoint")
 
 
 def plan_slots(model, length, max_batch_tokens=None, most=None):
@@ -401,8 +411,8 @@ def plan_slots(model, length, max_batch_tokens=None, most=None):
     token_bytes = 2 * config.num_hidden_layers * heads * config.head_dim * parameter.dtype.itemsize
     most = most or SLOTS[parameter.device.type]
     if max_batch_tokens is None:
-        # a row's logits, probabilities, their order and sums, mostly in float64 (on CUDA both in
-        # warm-up and graph); a prompt's MLP
+        # a row's logits, probabilities and their order (on CUDA both in warm-up and graph); a
+        # prompt's MLP
         work = ((64 if parameter.device.type == "cpu" else 160) * most * config.vocab_size
                 + 16 * length * config.intermediate_size)
         max_batch_tokens = int((free_memory(parameter.device) - work) // token_bytes)
@@ -419,154 +429,141 @@ def plan_slots(model, length, max_batch_tokens=None, most=None):
     return min(most, max(1, max_batch_tokens // cells_of(length, parameter.device.type)))
 
 
-def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, seed=0,
-             stop_ids=(), streams=None, num_slots=None):
-    """The new tokens of each prompt (lists of ids), in order, without the stop token. `streams`
-    names each prompt's random stream (its index by default): equal names, prompts and seeds give
-    equal samples, whatever else is in the batch."""
-    streams = range(len(prompts)) if streams is None else streams
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {i} has no token")
-        if len(prompt) + max_new_tokens > model.config.max_position_embeddings:
-            raise ValueError(
-                f"prompt {i} has {len(prompt):,} tokens: with {max_new_tokens:,} new ones that is "
-                f"more than the model's {model.config.max_position_embeddings:,} positions")
-    if not prompts or max_new_tokens < 1:
-        return [[] for _ in prompts]
-    length = max(map(len, prompts)) + max_new_tokens
-    num_slots = num_slots or min(plan_slots(model, length), len(prompts))
-    sampling = Sampling(temperature, top_p, top_k, seed=seed)
-    engine = Engine(model, num_slots, length, sampling, stop_ids)
-    answers = [None] * len(prompts)
-    requests = (Request(list(prompt), stream, max_new_tokens, tag=i)
-                for i, (prompt, stream) in enumerate(zip(prompts, streams, strict=True)))
-    for request, _ in engine.run(requests):
-        answers[request.tag] = request.tokens
-    return answers
-
-
-@dataclass
-class HeldOutAnswer:
-    """What a model said to a problem of the built-in tasks, and how a right answer ends."""
-    asked: str
-    text: str
-    expected: str
-
-    @property
-    def is_right(self):
-        return self.text.endswith(self.expected)
-
-
-def answer_heldout(model, tokenizer, stop_ids, count):
-    """Greedy answers to problems of the built-in tasks that no training row has."""
-    problems = list(data.builtin_problems("heldout", count))
-    chats = [messages_of(problem, "none") for problem in problems]
-    prompts = [tokenizer.encode(tokenizer.render(chat, add_generation_prompt=True))
-               for chat in chats]
-    answers = generate(model, prompts, 160, stop_ids=stop_ids)
-    return [HeldOutAnswer(chat[-1]["content"], tokenizer.decode(ids), problem["bare"])
-            for chat, ids, problem in zip(chats, answers, problems)]
-
-
-# -------------------------------------------------------------------- changing the model's products
-
-def computed_in(dtype, config, device, slots):
+def computed_in(dtype, config, device, num_slots):
     """The dtype in place of the one asked for: float32 for bfloat16 on a CPU that multiplies bf16
-    slowly (one row waits for memory anyway), for models of less than a quarter of its memory."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    memory /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    slow = dtype == "bfloat16" and device == "cpu" and slots > 1 and not data.cpu_multiplies_bf16()
-    fits = slow and 4 * weight_bytes(config, torch.float32, device) < memory
+    slowly, where it fits (one row waits for memory anyway)."""
+    is_slow = (dtype == "bfloat16" and torch.device(device).type == "cpu" and num_slots > 1
+               and not data.cpu_multiplies_bf16())
+    fits = is_slow and weight_bytes(config, torch.float32, device) < free_memory(device) / 4
     return "float32" if fits else dtype
 
 
-class Packed(torch.nn.Module):
-    """A linear layer on a CPU, its weight kept in the order in which oneDNN multiplies: F.linear
-    has it rearranged in each call, or leaves the product to MKL (1.4 to 1.6 times the time for 16
-    rows). The operators are those that torch.compile puts in F.linear's place."""
+# ------------------------------------------------------------------------------------ faster layers
 
-    def __init__(self, weight, bias=None):
+def fastest_order(parameter, num_slots, compiles):
+    """In which order a weight should lie. On a CPU F.linear would rearrange a plain one in each
+    call: "packed" is oneDNN's own order, "transposed" the best for one row in fp32."""
+    if parameter.device.type != "cpu" or compiles:
+        return "plain"
+    in_fp32 = parameter.dtype == torch.float32
+    if in_fp32 and num_slots == 1:
+        return "transposed"
+    packs = torch.backends.mkldnn.is_available() and (in_fp32 or data.cpu_multiplies_bf16())
+    return "packed" if packs else "plain"
+
+
+class FusedLinear(torch.nn.Module):
+    """Linear layers of one input as one layer, its weight in an order of fastest_order."""
+
+    def __init__(self, layers, order):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), SLOTS["cpu"])
-        self.bias = bias
+        weight = torch.cat([layer.weight for layer in layers]).detach()
+        biases = [getattr(layer, "bias", None) for layer in layers]
+        self.bias = None if biases[0] is None else torch.cat(biases).detach()
+        self.order = order
+        if order == "packed":
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, SLOTS["cpu"])
+        elif order == "transposed":
+            weight = weight.t().contiguous()
+        self.weight = weight
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        if self.order == "packed":  # what torch.compile puts in F.linear's place
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        if self.order == "transposed":
+            y = x @ self.weight
+            return y if self.bias is None else y + self.bias
+        return F.linear(x, self.weight, self.bias)
+
+
+class FusedBlock(torch.nn.Module):
+    """A Block in fewer operators and larger products: one product for q, k and v, one rotation, one
+    product for gate and up. Works on (B T, C): two axes less to fold in each product."""
+
+    def __init__(self, block, order, is_split):
+        super().__init__()
+        attention = block.self_attn
+        mlp = block.mlp
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        self.is_split = is_split
+        self.layer = attention.layer
+        self.Hkv = len(attention.k_proj.weight) // attention.head_dim
+        norms = block.input_layernorm, block.post_attention_layernorm
+        self.input_layernorm, self.post_attention_layernorm = (
+            norms if order == "plain" else map(CPUNorm, norms))
+        self.qkv_proj = FusedLinear(projections, order)
+        self.o_proj = FusedLinear([attention.o_proj], order)
+        self.gate_up_proj = FusedLinear([mlp.gate_proj, mlp.up_proj], order)
+        self.down_proj = FusedLinear([mlp.down_proj], order)
+
+    def forward(self, x, cos, sin, document_lengths, cache, recompute):
+        B, T, C = x.shape
+        x = x.reshape(B * T, C)
+        q, k, v = self.heads(x, cos, sin)
+        y = cache.attend(self.layer, q, k, v, document_lengths)
+        x = x + self.summed(self.o_proj(y.transpose(1, 2).reshape(B * T, -1)))
+        return self.feed_forward(x).view(B, T, C)
+
+    def summed(self, y):
+        """Where each rank has a share of the heads and of the MLP: the sum of what they add."""
+        if self.is_split:
+            dist.all_reduce(y)
+        return y
+
+    def heads(self, x, cos, sin):
+        """x (B T, C), cos and sin (B, 1, T, D) -> q (B, H, T, D), k and v (B, Hkv, T, D)."""
+        B, _, T, D = cos.shape
+        qkv = self.qkv_proj(self.input_layernorm(x)).view(B, T, -1, D).transpose(1, 2)
+        qk, v = qkv.tensor_split([-self.Hkv], dim=1)
+        q, k = rotate(qk, cos, sin).tensor_split([-self.Hkv], dim=1)
+        return q, k, v
+
+    def feed_forward(self, x):
+        gate, up = self.gate_up_proj(self.post_attention_layernorm(x)).chunk(2, dim=-1)
+        return x + self.summed(self.down_proj(F.silu(gate).mul_(up)))
+
+
+class CPUNorm(torch.nn.Module):
+    """RMSNorm in six operators, where F.rms_norm calls twenty on a CPU."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight = norm.weight.detach()
+        self.eps = torch.tensor(norm.eps)
+
+    def forward(self, x):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(self.eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        return (x * scale).to(x.dtype) * self.weight
+
+
+class FusedHead(FusedLinear):
+    """A head for logits alone; a tied one then has a weight of its own."""
+
+    def forward(self, x, targets, tied_weight):
+        return super().forward(x)
 
 
 @torch.no_grad()
-def fuse(model, compiles=False):
-    """One product for q, k and v, and one for gate and up, and one rotation: fewer, larger calls.
-    The parameters become views of the joined weights, so that nothing is stored twice. On a CPU
-    weights are `Packed` and the parameters let go; a tied head is then stored twice. `compiles`:
-    torch.compile what a block computes beside its attention, which writes into the cache."""
-    parameter = next(model.parameters())
-    packs = (parameter.device.type == "cpu" and torch.backends.mkldnn.is_available()
-             and (parameter.dtype == torch.float32 or data.cpu_multiplies_bf16()) and not compiles)
-
-    def join(*layers):
-        sizes, joined = [len(layer.weight) for layer in layers], {}
-        for name in ("weight", "bias"):
-            if getattr(layers[0], name) is not None:
-                joined[name] = torch.cat([getattr(layer, name) for layer in layers])
-                for layer, view in zip(layers, joined[name].split(sizes), strict=True):
-                    getattr(layer, name).data = view
-        if not packs:
-            return lambda x: F.linear(x, **joined)
-        for layer in layers:
-            layer.weight = layer.bias = None
-        return Packed(**joined)
-
-    def heads_of(attention):
-        D, Hkv = attention.head_dim, len(attention.k_proj.weight) // attention.head_dim
-        product = join(attention.q_proj, attention.k_proj, attention.v_proj)
-
-        def heads(x, cos, sin):
-            qkv = product(x).unflatten(-1, (-1, D)).transpose(1, 2)  # (B, H + 2 Hkv, T, D)
-            qk = rotate(qkv[:, :-Hkv], cos, sin)
-            return qk[:, :-Hkv], qk[:, -Hkv:], qkv[:, -Hkv:]
-        return heads
-
-    def swiglu_of(mlp):
-        product = join(mlp.gate_proj, mlp.up_proj)
-
-        def swiglu(x):
-            gate, up = product(x).chunk(2, dim=-1)
-            return mlp.down_proj(F.silu(gate) * up)
-        return swiglu
-    for block in model.model.layers:
-        block.self_attn.heads, block.mlp.forward = heads_of(block.self_attn), swiglu_of(block.mlp)
-        for module, name in ((block.self_attn, "o_proj"), (block.mlp, "down_proj")):
-            if packs and type(getattr(module, name)) is torch.nn.Linear:
-                setattr(module, name, Packed(getattr(module, name).weight))
+def fuse(model, num_slots=SLOTS["cpu"], compiles=False):
+    """Puts layers in the blocks' places that compute the same with fewer and larger products, the
+    fastest for so many rows; the model can then only sample. `compiles`: torch.compile what a block
+    computes beside its attention, which writes into the cache."""
+    order = fastest_order(next(model.parameters()), num_slots, compiles)
+    for i, block in enumerate(model.model.layers):
+        block = FusedBlock(block, order, is_split=hasattr(model, "num_key_value_heads"))
+        model.model.layers[i] = block
         if compiles:
-            block.self_attn.heads, block.feed_forward = (
-                torch.compile(part) for part in (block.self_attn.heads, block.feed_forward))
-    if packs:
-        head = model.lm_head.weight
-        head = Packed(model.model.embed_tokens.weight if head is None else head)
-        model.lm_head.weight = None
-        model.lm_head.forward = lambda x, targets, tied_weight: head(x)
+            block.heads, block.feed_forward = map(torch.compile, (block.heads, block.feed_forward))
+    if order != "plain":
+        tied = model.config.tie_word_embeddings
+        model.lm_head = FusedHead([model.model.embed_tokens if tied else model.lm_head], order)
     return model
 
 
-class Reduced(torch.nn.Module):
-    """A row-parallel linear layer: this rank's share of the inputs, summed over the ranks."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.weight = linear.weight
-
-    def forward(self, x):
-        y = F.linear(x, self.weight)
-        dist.all_reduce(y)
-        return y
-
-
 def load_split(model_dir, dtype, device, rank, world_size):
-    """The model of which each rank holds 1 / world_size of every head and MLP (arXiv 1909.08053):
-    it reads only its slices. Embedding and head are whole on each."""
+    """A model of which each rank holds 1 / world_size of the heads and of each MLP (arXiv
+    1909.08053), to be fused. Embedding and head are whole on each."""
     config = Qwen2Config.from_pretrained(model_dir)
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(config, name) % world_size:
@@ -575,19 +572,15 @@ def load_split(model_dir, dtype, device, rank, world_size):
     with torch.device("meta"):
         model = Qwen2(config).to(dtype)
     stored = check_weights(model, model_dir)
-    for name, parameter in list(model.named_parameters()):
-        axis = (1 if name.endswith(("o_proj.weight", "down_proj.weight"))
-                else 0 if re.search(r"(q|k|v|gate|up)_proj\.", name) else None)
-        index = [slice(None)] * parameter.ndim
-        if axis is not None:
-            part = parameter.shape[axis] // world_size
-            index[axis] = slice(rank * part, (rank + 1) * part)
-        value = stored[name][tuple(index)].to(device, dtype)
+    for name, _ in list(model.named_parameters()):
+        value = stored[name][:]
+        if re.search(r"(q|k|v|gate|up)_proj\.", name):
+            value = value.chunk(world_size)[rank]
+        elif re.search(r"(o|down)_proj\.", name):
+            value = value.chunk(world_size, dim=1)[rank]
         module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, torch.nn.Parameter(value, requires_grad=False))
-    for block in model.model.layers:
-        block.self_attn.o_proj = Reduced(block.self_attn.o_proj)
-        block.mlp.down_proj = Reduced(block.mlp.down_proj)
+        value = torch.nn.Parameter(value.to(device, dtype), requires_grad=False)
+        setattr(model.get_submodule(module), leaf, value)
     model.num_key_value_heads = config.num_key_value_heads // world_size
     return model.eval()
 
@@ -597,78 +590,77 @@ def load_split(model_dir, dtype, device, rank, world_size):
 class SampleFile:
     """Samples by (source, id, sample), written as they finish and sorted when all are there.
 
-    The settings lie beside it: a file of other settings is refused. A line that a kill has torn is
-    cut off. Other processes write parts, which the next start or the end merges.
-    """
+    Rank 0 writes the file itself, the others a part beside it each; what a killed run left in parts
+    is merged at the next start. The settings lie beside it, in a file that is locked meanwhile: a
+    second run, or one of other settings, is refused. A run that wrote nothing leaves nothing."""
 
     def __init__(self, path, settings, rank, barrier):
-        self.path, self.rank, self.barrier = Path(path), rank, barrier
+        self.path = Path(path)
+        self.rank = rank
+        self.own = self.path if rank == 0 else Path(f"{path}.part{rank}")
         if rank == 0:
-            self.check(settings)
-            self.merge()
+            if self.path.exists() and not self.path.is_file():
+                raise ValueError(f"{path} is no file: name another --out")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.settings = open(f"{path}.settings.json", "a+", encoding="utf-8")
+            data.lock(self.settings, path)
+            if self.parts():
+                self.merge()
+            self.keep_settings(settings)
         barrier()
-        # of each sample that is there, what was asked
-        self.done = {sample_key(row): row.get("prompt") for row in self.read(self.path)}
-        own = self.path if rank == 0 else Path(f"{self.path}.part{rank}")
-        barrier()
-        self.file = open(own, "a", encoding="utf-8")
+        # of each sample that is there, what was asked; what a server broke off is asked again
+        self.done = {sample_key(row): (row.get("prompt"), row.get("original"))
+                     for row in self.read(self.path)
+                     if row.get("finish_reason", "stop") in ("stop", "length")}
+        barrier()  # nobody writes while another still reads, and cuts off what seems torn
+
+    def keep_settings(self, settings):
+        """ValueError if there are samples of other settings."""
+        self.settings.seek(0)
+        try:
+            before = dict(json.loads(self.settings.read() or "{}"))
+        except (ValueError, TypeError):  # no settings: as if there were none
+            before = {}
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed and self.path.exists():
+            if not before:
+                os.unlink(self.settings.name)
+            raise ValueError(f"{self.path} holds samples of other settings ({', '.join(changed)}): "
+                             "name another --out, or delete it")
+        self.settings.truncate(0)  # in place, as the lock is on this very file
+        self.settings.write(json.dumps(settings, indent=1) + "\n")
+        self.settings.flush()
 
     def parts(self):
         name = re.escape(self.path.name) + r"\.part\d+"
         return sorted(path for path in self.path.parent.iterdir() if re.fullmatch(name, path.name))
 
-    def check(self, settings):
-        """Takes the lock, and refuses a file that another run writes or of other settings."""
-        if self.path.exists() and not self.path.is_file():
-            raise ValueError(f"{self.path} is no file: name another --out")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = open(f"{self.path}.settings.json", "a+", encoding="utf-8")
-        data.lock(self.lock, self.path)
-        self.lock.seek(0)
-        try:
-            before = dict(json.loads(self.lock.read() or "{}"))
-        except (ValueError, TypeError):  # no settings: as if there were none
-            before = {}
-        if before != settings and any(path.stat().st_size for path in (self.path, *self.parts())
-                                      if path.is_file()):
-            changed = [name for name in settings if before.get(name) != settings[name]]
-            if not os.path.getsize(self.lock.name):
-                os.unlink(self.lock.name)
-            raise ValueError(f"{self.path} holds samples of other settings ({', '.join(changed)}): "
-                             "name another --out, or delete it")
-        self.path.touch()
-        if before != settings:  # in place, as the lock is on this very file
-            self.lock.truncate(0)
-            self.lock.write(json.dumps(settings, indent=1) + "\n")
-            self.lock.flush()
-
     @staticmethod
     def read(path):
-        """The whole rows of a file; a torn last line is cut off."""
-        end = 0
+        """The whole rows of a file, where there is one; a torn last line is cut off."""
+        if not path.exists():
+            return
         with open(path, "rb+") as file:
             for line in file:
                 if not line.endswith(b"\n"):
-                    break
-                end += len(line)
+                    file.truncate(file.tell() - len(line))
+                    return
                 try:
                     row = json.loads(line)
                     sample_key(row)
-                    yield row
                 except (ValueError, KeyError, TypeError) as error:
                     raise ValueError(f"{path}: a broken row ({error}): mend or delete it") from None
-            file.truncate(end)
+                yield row
 
-    def merge(self, order=None):
-        """Adds the other processes' parts; with the order of all samples, sorts by it."""
+    def merge(self, order=()):
+        """Adds the parts and sorts by the order of the samples; returns the rows by name."""
         parts = self.parts()
-        if not parts and order is None:
-            return
         rows = {sample_key(row): row for path in (self.path, *parts) for row in self.read(path)}
-        keys = dict.fromkeys(key for key in (*(order or ()), *rows) if key in rows)
-        atomic_write(self.path, (line_of(rows[key]).encode() for key in keys))
+        rows = {key: rows[key] for key in (*order, *rows) if key in rows}
+        atomic_write(self.path, map(line_of, rows.values()))
         for part in parts:
             part.unlink()
+        return rows
 
     def left(self, jobs):
         """The jobs not done yet; ValueError for two of one name, or another question's answer."""
@@ -679,34 +671,25 @@ class SampleFile:
                 raise ValueError(f"two samples are number {name[2]} of problem {name[1]!r} of "
                                  f"{name[0]!r}: rewrite the files one by one")
             names.add(name)
-            if name in self.done and self.done[name] != job.row.get("prompt"):
+            asked = job.row.get("prompt"), job.row.get("response")
+            if self.done.get(name, asked) != asked:
                 raise ValueError(f"{self.path} holds an answer to another question of the name "
                                  f"{name[1]!r} of {name[0]!r}: name another --out, or delete it")
         return [job for job in jobs if sample_key(job.row) not in self.done]
 
     def add(self, row):
         try:
-            self.file.write(line_of(row))
-            self.file.flush()
+            with open(self.own, "ab") as file:
+                file.write(line_of(row))
         except OSError as error:
-            raise ValueError(f"{self.file.name}: {error.strerror}: what is there is kept, the same "
+            raise ValueError(f"{self.own}: {error.strerror}: the samples before are kept, the same "
                              "command goes on") from None
 
-    def forget(self):
-        """Removes what this process made, if nothing was written: a refused run leaves nothing."""
-        self.file.close()
-        if os.path.getsize(self.file.name) or self.rank == 0 and self.parts():
-            return  # rows are there, or may be in the other processes' parts
-        os.unlink(self.file.name)
+    def close(self):
         if self.rank == 0:
-            os.unlink(self.lock.name)
-
-    def close(self, order):
-        self.file.close()
-        self.barrier()
-        if self.rank == 0:
-            self.merge(order)
-            self.lock.close()
+            if not self.path.exists() and not self.parts():
+                os.unlink(self.settings.name)
+            self.settings.close()
 
 
 def sample_key(row):
@@ -714,14 +697,14 @@ def sample_key(row):
 
 
 def line_of(row):
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
-# ------------------------------------------------------------------------------------- who answers
+# ------------------------------------------------------------------------ who answers: a model here
 
 @dataclass
 class Job:
-    """A conversation to be answered, the row that it is for, and the name of its random stream."""
+    """A conversation to be answered, the row that it is for, and the name of its random numbers."""
     messages: list
     row: dict
     stream: object
@@ -730,170 +713,336 @@ class Job:
 class Local:
     """Answers by a model of this process (or, with --tensor_parallel, of all)."""
 
-    def __init__(self, args, model, tokenizer, stop_ids, store):
-        self.args, self.model, self.tokenizer = args, model, tokenizer
-        self.stop_ids, self.store, self.prompts = stop_ids, store, {}
+    def __init__(self, args, rank, device, store):
+        folder = data.find_model(args.model)
+        self.args = args
+        self.store = store
+        self.prompts = {}
+        self.tokenizer = data.load_tokenizer(folder)
+        self.config = Qwen2Config.from_pretrained(folder)
+        dtype = getattr(torch, args.dtype)
+        check_weights_fit(self.config, dtype, device, args.tensor_parallel)
+        if args.tensor_parallel > 1:
+            model = load_split(folder, dtype, device, rank, args.tensor_parallel)
+        else:
+            model = Qwen2.from_pretrained(folder, dtype=dtype, device=device).eval()
+        self.model = fuse(model, args.max_slots, args.compile)
+        _, ends = data.read_generation_config(folder)
+        self.stop_ids = {*ends, self.tokenizer.token_id(self.tokenizer.end_token)}
 
-    def answers(self, jobs, told):
-        """Yields (job, text, finish reason, tokens) as they finish; told(tokens a second)."""
-        args, tokenizer = self.args, self.tokenizer
-        length = max(len(self.prompt(job)) for job in jobs) + args.max_new_tokens  # reads all once
-        engine = engine_of(args, self.model, tokenizer, self.stop_ids, length, args.max_slots)
-        forced = think_limits(args, tokenizer)
-        requests = (Request(self.prompt(job), job.stream, args.max_new_tokens, job, forced())
-                    for job in share(jobs, self.store))
-        start = time.monotonic()
+    def engine(self, length):
+        """For rows of so many tokens."""
+        args = self.args
+        slots = plan_slots(self.model, length, args.max_batch_tokens, args.max_slots)
+        sampling = Sampling(
+            args.temperature,
+            args.top_p,
+            args.top_k,
+            args.repetition_penalty,
+            args.seed,
+            num_ids=self.tokenizer.vocab_size,
+        )
+        return Engine(self.model, slots, length, sampling, self.stop_ids)
+
+    def request(self, prompt, stream, max_new_tokens, tag=None):
+        request = Request(prompt, stream, max_new_tokens, tag)
+        least, most = self.args.min_think, self.args.max_think
+        if least or most:
+            request.replace = BudgetForcing(self.tokenizer, self.stop_ids, least or 0,
+                                            most or math.inf)
+        if self.args.stop:
+            request.ended = stops_on(self.tokenizer, self.args.stop)
+        return request
+
+    def answers(self, jobs):
+        """Yields (job, text, finish reason, number of tokens) as they finish."""
+        new, prompts = self.args.max_new_tokens, [self.prompt(job) for job in jobs]
+        for job, prompt in zip(jobs, prompts, strict=True):
+            check_room(f"problem {job.row['id']}", len(prompt), new, self.config)
+        engine = self.engine(max(map(len, prompts)) + new)
+        requests = (self.request(prompts[i], jobs[i].stream, new, jobs[i])
+                    for i in shared_out(len(jobs), self.store))
         for request, reason in engine.run(requests):
-            text = cut(tokenizer.decode(request.tokens), args.stop)
-            told(engine.num_tokens / (time.monotonic() - start))
+            text = cut(self.tokenizer.decode(request.tokens), self.args.stop)
             yield request.tag, text, reason, len(request.tokens)
 
     def prompt(self, job):
-        """The token ids of a job's prompt; ValueError if they leave no room for the answer."""
+        """A job's prompt, of which the samples of one problem have the same object."""
         text = self.tokenizer.render(job.messages, add_generation_prompt=True)
         if text not in self.prompts:
-            ids, new = self.tokenizer.encode(text), self.args.max_new_tokens
-            most = self.model.config.max_position_embeddings
-            if len(ids) + new > most:
-                raise ValueError(
-                    f"problem {job.row['id']} has {len(ids):,} tokens: with --max_new_tokens "
-                    f"{new:,} that is more than the model's {most:,} positions")
-            self.prompts[text] = array("i", ids)
-        return self.prompts[text].tolist()
+            self.prompts[text] = array("i", self.tokenizer.encode(text))
+        return self.prompts[text]
+
+    def stream(self, messages):
+        """Yields the pieces of one answer, up to the first of --stop."""
+        prompt = prompt_of(self.tokenizer, messages)
+        room = self.config.max_position_embeddings - len(prompt)
+        if room < 1:
+            raise ValueError(f"the conversation has {len(prompt):,} tokens, as many as the model's "
+                             "positions: /reset begins a new one")
+        shown, new = "", min(self.args.max_new_tokens, room)
+        request = self.request(prompt, len(messages), new)
+        for _, reason in self.engine(len(prompt) + new).run([request], every_step=True):
+            text = cut(self.tokenizer.decode(request.tokens), self.args.stop)
+            text = text if reason else settled(text, self.args.stop)
+            yield text[len(shown):]
+            shown = text
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The key is for one host."""
-
-    def redirect_request(self, request, file, code, message, headers, url):
-        raise ValueError(f"{request.full_url} leads on to {url}: name that as --endpoint")
+def prompt_of(tokenizer, messages):
+    return tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
 
 
-class Refused(ValueError):
-    """A server that works, but not on this request: a prompt too long for it, for one."""
+def shared_out(count, store):
+    """The numbers of this process's jobs: whoever is free takes the next, so that none waits for
+    long answers. Without a store all: there is one process, or all work on each answer together."""
+    i = -1
+    while (i := store.add("next", 1) - 1 if store else i + 1) < count:
+        yield i
+
+
+def stops_on(tokenizer, stops):
+    """Whether the newest of some tokens hold one of the texts."""
+    width = 2 + max(len(stop.encode()) for stop in stops)  # a token is a byte at least
+
+    def ended(tokens):
+        tail = tokenizer.decode(tokens[-width:])
+        return any(stop in tail for stop in stops)
+    return ended
+
+
+def cut(text, stops):
+    """The text before the first of the stops."""
+    return min((text.partition(stop)[0] for stop in stops), key=len, default=text)
+
+
+def settled(text, stops):
+    """The text without what the next tokens may still change: half a character at its end, or the
+    beginning of one of the stops."""
+    text = text.rstrip("\ufffd")
+    beginnings = (stop[:n] for stop in stops for n in range(1, len(stop)))
+    undecided = max((len(end) for end in beginnings if text.endswith(end)), default=0)
+    return text[:len(text) - undecided]
+
+
+class BudgetForcing:
+    """s1 (arXiv 2501.19393): a thought of fewer than `least` tokens goes on with "Wait", one of
+    `most` is ended. The state of one request; called before each token, returns the one to take."""
+
+    def __init__(self, tokenizer, stop_ids, least, most):
+        self.tokenizer = tokenizer
+        self.stop_ids = stop_ids
+        self.least = least
+        self.most = most
+        self.queue = []
+        self.has_ended = False
+
+    def __call__(self, tokens, token):
+        if not self.queue and not self.has_ended:
+            self.queue = self.tokenizer.encode(self.forced(tokens, token))
+        return self.queue.pop(0) if self.queue else token
+
+    def forced(self, tokens, token):
+        """The text to take instead of a token, or none."""
+        decode = self.tokenizer.decode
+        text, last = decode([token]), decode(tokens[-1:])
+        # inside a thought a tag can only be the one that ends it; it is several tokens to some
+        # tokenizers, of which the first may be "<"
+        begins_tag = TAGS[0] in decode(tokens[:30]) and (
+            "<|" in text or last.endswith("<") and text.startswith("|"))
+        if len(tokens) < self.least:
+            return "Wait" if begins_tag or token in self.stop_ids else ""
+        self.has_ended = begins_tag or TAGS[1] in decode([*tokens[-30:], token])
+        if not self.has_ended and len(tokens) >= self.most:
+            self.has_ended = True
+            return f"\n\n{TAGS[1]}\n\n{TAGS[2]}\n\n"
+        return ""
+
+
+# ---------------------------------------------------------------------- who answers: a server
+
+class AsItIs(urllib.request.HTTPErrorProcessor):
+    """No reply is an error, and no redirect is followed: the key is for one host."""
+
+    def http_response(self, request, reply):
+        return reply
+    https_response = http_response
 
 
 class Endpoint:
     """Answers by a server that speaks OpenAI's chat completions: vLLM, SGLang, llama.cpp, OpenAI.
     The key comes from OPENAI_API_KEY and is shown nowhere."""
+    answered = refusal = error = None  # so far
 
     def __init__(self, args):
-        self.args, self.url = args, args.endpoint.rstrip("/") + "/chat/completions"
-        self.headers = {"Content-Type": "application/json"}
-        # OpenAI's reasoning models refuse the old name, older servers do not know the new one
-        self.limit = "max_completion_tokens" if "api.openai.com" in self.url else "max_tokens"
-        if key := os.environ.get("OPENAI_API_KEY", "").strip():
-            if not (key.isascii() and key.isprintable()):
-                raise ValueError("OPENAI_API_KEY holds characters that no key has")
-            self.headers["Authorization"] = f"Bearer {key}"
-        self.opener, self.reached = urllib.request.build_opener(NoRedirect), False
+        self.args = args
+        self.url = args.endpoint.rstrip("/") + "/chat/completions"
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
+        if not re.fullmatch(r"https?://[a-zA-Z0-9\[][!-~]*", args.endpoint):
+            raise ValueError(f"--endpoint {args.endpoint}: write http:// or https:// and a host, "
+                             "as in http://localhost:8000/v1")
+        if not re.fullmatch("[ -~]+", self.key):
+            raise ValueError("OPENAI_API_KEY holds characters that no key has")
+        self.opener = urllib.request.build_opener(AsItIs)
+        self.ended = threading.Event()
 
-    def answers(self, jobs, told):
-        """As Local.answers, --concurrency requests at a time. An error ends all, after what others
-        have answered; refused requests do so if none was answered, else are told at the end."""
-        start, tokens, answered, refused = time.monotonic(), 0, 0, []
-        jobs, pending, error = iter(jobs), set(), None
-        with futures.ThreadPoolExecutor(self.args.concurrency) as threads:
-            while True:
-                room = 0 if error else self.args.concurrency - len(pending)
-                pending |= {threads.submit(self.answer, job) for job in islice(jobs, room)}
-                if not pending:
-                    break
-                try:
-                    finished, pending = futures.wait(pending, return_when=futures.FIRST_COMPLETED)
-                except KeyboardInterrupt as interrupt:
-                    if error:
-                        os._exit(130)
-                    error = interrupt
-                    print(f"waiting for {len(pending)} answers; Ctrl-C again drops them",
-                          file=sys.stderr)
-                    continue
-                for future in finished:
-                    problem = future.exception()
-                    if isinstance(problem, Refused):
-                        refused.append(problem)
-                        if answered or len(refused) <= self.args.concurrency:
-                            continue
-                    if problem:
-                        error = error or problem
-                        continue
-                    answered += 1
-                    tokens += future.result()[3] or 0
-                    told(tokens / (time.monotonic() - start))
-                    yield future.result()
-        if error:
-            raise error
-        if refused:
-            raise ValueError(f"{refused[0]}: so {len(refused)} of {answered + len(refused)} "
-                             "requests were refused; the answers of the others are kept")
+    def answers(self, jobs):
+        """As Local.answers, --concurrency requests at a time. After an error or Ctrl-C none is
+        started; what is under way is waited for, and then the error raised. Refused rows are held
+        back until something was answered: a wrong flag would have everything refused."""
+        def interrupted(*_):
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+            self.end(KeyboardInterrupt())
+            # print must not be called where a print may be under way
+            os.write(2, f"\nwaiting for {min(most, len(jobs) - done)} answers; Ctrl-C again drops "
+                        "them\n".encode())
+        most = min(self.args.concurrency, len(jobs))
+        done = 0
+        held = []
+        before = signal.signal(signal.SIGINT, interrupted)
+        try:
+            with ThreadPool(most) as pool:
+                for rows in pool.imap_unordered(self.answer, jobs):
+                    done += 1
+                    held += rows
+                    if self.answered:
+                        yield from held
+                        held = []
+                    elif len(held) == most:
+                        self.end(self.refusal)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if self.error:
+            raise self.error
+
+    def end(self, error):
+        """The run ends with its first error. Returns no rows."""
+        self.error = self.error or error
+        self.ended.set()
+        return []
 
     def answer(self, job):
-        """One job's result as `answers` yields it; ValueError for a reply in another form."""
-        args = self.args
-        body = {"model": args.endpoint_model, "messages": job.messages, "top_p": args.top_p,
-                "temperature": args.temperature, self.limit: args.max_new_tokens,
-                "seed": stream_key(args.seed, job.stream) & 0x7FFFFFFF}
-        # not OpenAI's own, so sent only where they say something
-        body |= {name: value for name, value, default in (
-            ("stop", args.stop, []), ("top_k", args.top_k, 0),
-            ("repetition_penalty", args.repetition_penalty, 1.0)) if value != default}
-        reply = self.post(body)
-        try:
-            choice = reply["choices"][0]
-            message, reason = choice["message"], choice.get("finish_reason")
-            # a server may split the thought off; what was cut inside it has no content
-            text = "\n\n".join(filter(None, (message.get("reasoning_content"), message["content"])))
-            text = text.encode("utf-8", "replace").decode()  # a lone half of a character
-            tokens = (reply.get("usage") or {}).get("completion_tokens")
-            tokens = tokens if isinstance(tokens, int) else None
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise ValueError(f"{self.url} answers in no form of chat completions: "
-                             f"{self.without_key(json.dumps(reply))[:200]}") from None
-        return job, cut(text, args.stop), "length" if reason == "length" else "stop", tokens
-
-    def without_key(self, text):
-        """What a server said, which may repeat what it was sent."""
-        key = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        return text.replace(key, "(key)") if key else text
-
-    def post(self, body):
-        """The server's JSON; a busy, failing or silent one is asked again at growing intervals."""
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)
-        for wait in (*RETRY_SECONDS, None):
-            asked = 0
+        """The job's one row, or none when the run has ended. What may pass is asked again, later
+        and later or when the server says; an answer that is never whole is kept as it is."""
+        after = ""
+        for wait in (0, *RETRY_SECONDS):
+            asked = min(float(after), 120) if after.isdecimal() else 0
+            if self.ended.wait(max(asked, wait * random.uniform(0.5, 1.5))):
+                return []
+            rows, after = [], ""
             try:
-                with self.opener.open(request, timeout=self.args.timeout) as reply:
-                    self.reached = True
-                    return json.loads(reply.read())
-            except urllib.error.HTTPError as error:
-                self.reached = True
-                problem = f"status {error.code} {self.without_key(said(error))[:300]}"
-                if error.code != 429 and error.code < 500:
-                    hint = ": is OPENAI_API_KEY right?" if error.code in (401, 403) else ""
-                    kind = Refused if error.code in (400, 413, 422) else ValueError
-                    raise kind(f"{self.url}: {problem}{hint}") from None
-                after = error.headers.get("Retry-After") or ""
-                asked = min(int(after), 120) if after.isdecimal() else 0
-            except (OSError, http.client.HTTPException, json.JSONDecodeError, UnicodeDecodeError,
-                    RecursionError) as error:
-                reason = getattr(error, "reason", error)
-                problem = str(reason) or type(error).__name__
-                nobody = isinstance(reason, ConnectionRefusedError | socket.gaierror)
-                if nobody and not self.reached:
-                    raise ValueError(f"{self.url} cannot be reached ({problem}): is the server "
-                                     "running?") from None
-            if wait is None:
-                raise ValueError(f"{self.url} failed {len(RETRY_SECONDS) + 1} times: {problem}; "
-                                 "what was finished is kept, the same command goes on")
-            time.sleep(max(asked, wait * random.uniform(0.5, 1.5)))
+                text, reason, tokens = next(self.pieces(job.messages, job.stream))
+                self.answered = True
+                if reason == "stop" and not text:
+                    reason = None
+                rows = [(job, cut(text, self.args.stop), reason or "incomplete", tokens)]
+                if reason and reason != "abort":
+                    return rows
+            except ValueError as error:
+                failure, status, after = error, error.status, error.after
+                if status in (400, 413, 422):
+                    if not self.refusal:
+                        self.refusal = failure
+                        tqdm.write(f"refused: {failure}", sys.stderr)
+                    return [(job, "", "refused", None)]
+                if status < 500 and status not in (0, 200, 408, 409, 429):
+                    return self.end(ValueError(f"{failure}: are --endpoint and OPENAI_API_KEY "
+                                               "right?"))
+        return rows or self.end(ValueError(
+            f"{failure}; asked {len(RETRY_SECONDS) + 1} times, what was finished is kept, the same "
+            "command goes on"))
+
+    def stream(self, messages):
+        """Yields the pieces of one answer as they come; ValueError where that fails."""
+        for text, *_ in self.pieces(messages, len(messages), stream=True):
+            yield text
+
+    def pieces(self, messages, name, **more):
+        """What `completion` yields of the reply. A ValueError says why there is none; its `status`
+        is the reply's (0: none came), its `after` the header Retry-After."""
+        status, after, told = 0, "", self.url
+        try:
+            with self.post(messages, name, **more) as reply:
+                status, after = reply.status, reply.headers.get("Retry-After", "")
+                told += f": status {status} {reply.headers.get('Location', reply.reason)}"
+                yield from completion(events(reply, self.args.timeout))
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            text = f"{told}: {str(error) or type(error).__name__}".replace(self.key, "(key)")
+            failure = ValueError(" ".join(text.split())[:400])
+            reason = getattr(error, "reason", None)
+            if isinstance(reason, ConnectionRefusedError | socket.gaierror) and not self.answered:
+                status = 404  # nobody is there, and was not before
+            failure.status, failure.after = status, after
+            raise failure from None
+
+    def post(self, messages, name, **more):
+        """Asks for an answer; `name` is that of its random stream."""
+        args = self.args
+        # OpenAI's reasoning models refuse the old name, older servers do not know the new one
+        limit = "max_completion_tokens" if "api.openai.com" in self.url else "max_tokens"
+        body = {
+            "model": args.endpoint_model,
+            "messages": messages,
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "seed": Sampling(seed=args.seed).random_numbers(name).getrandbits(31),
+            limit: args.max_new_tokens,
+        }
+        # OpenAI has no stop that is empty, and the others not at all
+        if args.stop:
+            body["stop"] = args.stop
+        if args.top_k:
+            body["top_k"] = args.top_k
+        if args.repetition_penalty != 1:
+            body["repetition_penalty"] = args.repetition_penalty
+        request = urllib.request.Request(
+            self.url, json.dumps(body | more | args.extra).encode(),
+            {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"})
+        return self.opener.open(request, timeout=args.timeout)
 
 
-def said(error):
-    """The start of what a server says beside an error's status."""
-    try:
-        return error.read(2 ** 16).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException):
-        return ""
+def events(reply, timeout):
+    """The parts of a body between empty lines: a stream's server-sent events, or all of it. The
+    whole body must be there in time (within twice that, as each read may wait as long); before it,
+    the timeout is for each address that is tried, and for each read of the headers."""
+    end, rest = time.monotonic() + timeout, b""
+    while chunk := reply.read1():
+        if time.monotonic() > end:
+            raise TimeoutError(f"no end after {timeout:g} seconds")
+        *whole, rest = re.split(rb"\r?\n\r?\n", rest + chunk)
+        yield from whole
+    yield rest
+
+
+def completion(events):
+    """(text, finish reason, tokens or None) of each event, until there is a reason: a whole reply
+    is the only one. What the server tells apart as thought comes in the recipe's form. OSError with
+    the server's own words for all else: an error, broken JSON, a stream without an end."""
+    before = after = ""  # the solution
+    for event in events:
+        if not re.search(rb'"(delta|message|error)"\s*:', event):
+            continue  # a comment, [DONE]
+        try:
+            reply = json.loads(event[event.find(b"{"):])
+            choice = reply["choices"][0]
+            part = choice.get("message", choice.get("delta"))
+            reason, usage = choice.get("finish_reason"), reply.get("usage") or {}
+            thought = part.get("reasoning_content") or part.get("reasoning") or ""
+            content = part.get("content") or ""
+            if thought and not after:
+                thought = TAGS[0] + "\n\n" + thought
+                before, after = f"\n\n{TAGS[1]}\n\n{TAGS[2]}\n\n", f"\n\n{TAGS[3]}"
+            if content:
+                content, before = before + content, ""
+            text = thought + content + (after if reason and not before else "")
+            tokens = usage.get("completion_tokens")
+            yield (text.encode("utf-8", "replace").decode(), reason,
+                   tokens if isinstance(tokens, int) else None)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            break
+        if reason:
+            return
+    raise OSError(event.decode("utf-8", "replace") or "no end")
 
 
 # ----------------------------------------------------------------------------------- what is asked
@@ -930,11 +1079,33 @@ not solve it. Reply with the number alone.
 The problem:
 
 """
+VERDICT_FIELDS = ("passed", "extracted", "reason")
+SETTINGS = (  # what changes the samples
+    "model",
+    "endpoint_model",
+    "rewriter",
+    "extra",
+    "system",
+    "temperature",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "seed",
+    "max_new_tokens",
+    "stop",
+    "dtype",
+    "min_think",
+    "max_think",
+    "rewrite",
+    "label_difficulty",
+)
+RESULT_FIELDS = ("sample", "response", "finish_reason", "num_tokens", "model", "original",
+                 "rewriter", *VERDICT_FIELDS)
 
 
 def system_turns(system):
     """A conversation's start: the system prompt of a name, or that text; nothing for none."""
-    text = None if system == "none" else data.SYSTEM_PROMPTS.get(system, system)
+    text = "" if system in (None, "none") else data.SYSTEM_PROMPTS.get(system, system)
     return [{"role": "system", "content": text}] if text else []
 
 
@@ -943,22 +1114,16 @@ def messages_of(problem, system):
     return [*system_turns(system), {"role": "user", "content": data.recipe_prompt(problem)}]
 
 
-def share(items, store):
-    """This process's items: whoever is free takes the next, so that none waits for long answers.
-    Without a store all of them: there is one process, or all work on each answer together."""
-    if store is None:
-        yield from items
-        return
-    while (i := store.add("next", 1) - 1) < len(items):
-        yield items[i]
+def bare(row):
+    """A problem without what was answered to it."""
+    return {key: value for key, value in row.items() if key not in RESULT_FIELDS}
 
 
 def sampling_jobs(problems, args):
     """Those of one problem follow each other, so that its prompt is read once."""
     for problem in problems:
-        bare = {key: value for key, value in problem.items() if key not in RESULT_FIELDS}
         for number in range(args.n):
-            yield Job(messages_of(problem, args.system), bare | {"sample": number},
+            yield Job(messages_of(problem, args.system), bare(problem) | {"sample": number},
                       (problem["source"], problem["id"], number))
 
 
@@ -969,9 +1134,10 @@ def rewriting_jobs(samples):
 
 
 def difficulty_jobs(problems):
-    for problem in problems:
+    """One of each problem, also where the file holds several samples of it."""
+    for key, problem in {(row["source"], row["id"]): row for row in problems}.items():
         yield Job([{"role": "user", "content": DIFFICULTY_PROMPT + problem["prompt"]}],
-                  problem | {"sample": 0}, (problem["source"], problem["id"]))
+                  bare(problem) | {"sample": 0}, key)
 
 
 def sampled(job, text, reason, tokens, name):
@@ -980,16 +1146,27 @@ def sampled(job, text, reason, tokens, name):
 
 
 def rewritten(job, text, reason, tokens, name):
-    cut_before = job.row.get("finish_reason") == "length"
+    before = job.row.get("finish_reason") or "stop"
     return job.row | {"response": text.strip(), "original": job.row["response"],
-                      "finish_reason": "length" if cut_before else reason,
+                      "finish_reason": reason if before == "stop" else before,
                       "num_tokens": tokens, "rewriter": name}
 
 
 def labelled(job, text, reason, tokens, name):
-    text = re.sub(r"\b1\s*(-|–|to)\s*10\b|(/|out of)\s*10\b", "", text)  # the scale
+    """The grade is the last number after the thought that is no part of a scale."""
+    text = text.rpartition(TAGS[1])[2].rpartition(TAGS[2])[2]
+    text = re.sub(r"(?<=\d)[\s(*]*(?:/|(?:out )?of)\s*10\b", "", text)  # 7/10
+    text = re.sub(r"\b1\b[^\d.]{1,40}\b10\b|\b10[- ]point|\bout of 10\b", "", text)
     grades = re.findall(r"(?<![\d.])(10|[1-9])(?:\.\d+)?(?!\d)", text)
-    return job.row | {"difficulty": int(grades[-1]) if grades else None}
+    return job.row | {"difficulty": int(grades[-1]) if grades and reason == "stop" else None}
+
+
+class Rule:
+    """Rewrites without a model."""
+
+    def answers(self, jobs):
+        for job in jobs:
+            yield job, by_rule(job.row), "stop", job.row.get("num_tokens")
 
 
 def by_rule(row):
@@ -998,9 +1175,9 @@ def by_rule(row):
     response = row["response"].strip()
     for tag in TAGS:
         response = response.replace(tag, "").strip()
-    blocks = list(re.finditer(r"^```.*?^```[ \t]*$", response, re.M | re.S))
+    blocks = re.findall(r"^```.*?^```[ \t]*$", response, re.M | re.S)
     if row.get("kind") == "code" and blocks:
-        solution = blocks[-1][0]
+        solution = blocks[-1]
     else:
         paragraphs = [part for part in re.split(r"\n\s*\n", response) if part.strip()] or [""]
         mark = r"\\boxed|####|answer\s*(?:is|:)"
@@ -1010,307 +1187,277 @@ def by_rule(row):
     return "\n\n".join([TAGS[0], response, TAGS[1], TAGS[2], solution, TAGS[3]])
 
 
-def run_jobs(args, answerer, jobs, finish, settings, rank, barrier, store):
-    """Answers what is not answered yet, and writes each row as it is there. answerer() is only
-    called, and so a model only loaded, if something is left. What is refused leaves no file."""
-    jobs = list(jobs)
-    out = SampleFile(args.out, settings, rank, barrier)
-    try:
-        answer_jobs(args, answerer, jobs, finish, out, rank, store)
-    except BaseException:
-        out.forget()
-        raise
-    out.close([sample_key(job.row) for job in jobs])
-    if rank == 0:
-        print(f"{args.out}: {len(jobs):,} rows")
-
-
-def answer_jobs(args, answerer, jobs, finish, out, rank, store):
-    """Answers the jobs that `out`, a SampleFile, does not hold, and shows how far it is."""
-    left = out.left(jobs)
-    if rank == 0 and len(left) < len(jobs):
-        print(f"{args.out}: {len(jobs) - len(left):,} of {len(jobs):,} are there already",
-              file=sys.stderr)
-    truncated = 0
-    with tqdm(total=len(left), unit=" answers", disable=rank > 0 or None) as progress:
-        def told(rate):
-            progress.set_postfix_str(f"{rate:.0f} tokens/s here, {truncated} truncated",
-                                     refresh=False)
-        for job, text, reason, tokens in answerer().answers(left, told) if left else ():
-            truncated += reason == "length"
-            if rank == 0 or args.tensor_parallel == 1:
-                out.add(finish(job, text, reason, tokens, args.endpoint_model or args.model))
-            finished = store.add("finished", 1) if store else progress.n + 1  # of all processes
-            progress.update(finished - progress.n)
-
-
-def engine_of(args, model, tokenizer, stop_ids, length, most):
-    """The engine that the flags ask for, for rows of `length` tokens and at most `most` slots."""
-    slots = plan_slots(model, length, args.max_batch_tokens, most)
-    sampling = Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty,
-                        args.seed, tokenizer.vocab_size)
-    return Engine(model, slots, length, sampling, stop_ids, stops_on(tokenizer, args.stop))
-
-
-def stops_on(tokenizer, texts):
-    """Whether a request's newest tokens hold one of the texts."""
-    if not texts:
-        return None
-    width = 2 + max(len(text.encode()) for text in texts)  # a token is a byte at least
-
-    def finished(request):
-        tail = tokenizer.decode(request.tokens[-width:])
-        return any(text in tail for text in texts)
-    return finished
-
-
-def cut(text, stops):
-    """The text before the first of the stops."""
-    ends = [text.find(stop) for stop in stops if stop in text]
-    return text[:min(ends)] if ends else text
-
-
-def think_limits(args, tokenizer):
-    """Budget forcing (s1, arXiv 2501.19393): makes a Request.forced for each request. A thought of
-    fewer than --min_think tokens goes on with "Wait", one of --max_think tokens is ended."""
-    if args.min_think is None and args.max_think is None:
-        return lambda: None
-    least, most = args.min_think or 0, args.max_think or math.inf
-    wait = tokenizer.encode("Wait")
-    end = tokenizer.encode("\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n")
-
-    def limits():
-        """The state of one request: whether its thought has ended."""
-        ended = False
-
-        def forced(tokens, token, stop_ids):
-            nonlocal ended
-            if ended:
-                return None
-            text = tokenizer.decode([token])
-            # inside a thought a tag can only be the one that ends it
-            tag = TAGS[0] in tokenizer.decode(tokens[:30]) and ("<|" in text or (
-                text.startswith("|") and tokenizer.decode(tokens[-1:]).endswith("<")))
-            if len(tokens) < least:
-                return wait if tag or token in stop_ids else None
-            ended = tag or TAGS[1] in tokenizer.decode([*tokens[-30:], token])
-            if not ended and len(tokens) >= most:
-                ended = True
-                return end
-            return None
-        return forced
-    return limits
-
-
-def answer(engine, tokenizer, messages, args):
-    """Prints one answer as it grows and returns it; Ctrl-C ends it."""
-    prompt = tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
-    room = engine.model.config.max_position_embeddings - len(prompt)
-    if room < 1:
-        raise ValueError(f"the conversation has {len(prompt):,} tokens, more than the model's "
-                         f"{engine.model.config.max_position_embeddings:,} positions")
-    request = Request(prompt, len(messages), min(args.max_new_tokens, room))
-    shown, stopped, written = "", False, engine.finished
-
-    def interrupt(number, frame):
-        nonlocal stopped
-        stopped = True
-
-    def grown(request):
-        nonlocal shown
-        text = cut(tokenizer.decode(request.tokens), args.stop)
-        if not text.endswith("\ufffd"):  # half a character
-            print(text[len(shown):], end="", flush=True)
-            shown = text
-        return stopped or written(request)
-    alone = not dist.is_initialized()  # several ranks would not stop after the same token
-    before = signal.signal(signal.SIGINT, interrupt) if alone else None
-    try:
-        engine.finished = grown
-        list(engine.run([request]))
-    finally:
-        engine.finished = written
-        if alone:
-            signal.signal(signal.SIGINT, before)
-    print()
-    return shown
-
-
-def chat(args, model, tokenizer, stop_ids):
-    """A conversation in the terminal: /reset, /system TEXT, /quit; Ctrl-C stops an answer."""
-    start, length = system_turns(args.system), model.config.max_position_embeddings
-    messages = start
-    if args.prompt is not None:
-        messages = [*start, {"role": "user", "content": args.prompt}]
-        prompt = tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
-        length = min(length, len(prompt) + args.max_new_tokens)
-    engine = engine_of(args, model, tokenizer, stop_ids, length, 1)
-    if args.prompt is not None:
-        answer(engine, tokenizer, messages, args)
-        return
-    print("/reset starts again, /system TEXT sets the system prompt, /quit ends; Ctrl-C stops an "
-          "answer")
-    while True:
-        try:
-            text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt, RuntimeError):  # the last: there is no stdin
-            print()
-            return
-        if text == "/quit":
-            return
-        command, _, system = text.partition(" ")
-        if command in ("/reset", "/system"):
-            if command == "/system":
-                start = system_turns(system.strip() or "none")
-            messages = start
-        elif text:
-            asked = [*messages, {"role": "user", "content": text}]
-            try:
-                reply = answer(engine, tokenizer, asked, args)
-                messages = [*asked, {"role": "assistant", "content": reply}]
-            except ValueError as error:
-                print(f"{error}; /reset starts again", file=sys.stderr)
-
-
-def load(args, rank, device):
-    """Model, tokenizer, and the ids that end an answer: end of turn, generation_config.json's."""
-    folder = data.find_model(args.model)
-    tokenizer = data.load_tokenizer(folder)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
-    check_weights_fit(Qwen2Config.from_pretrained(folder), dtype, device, args.tensor_parallel)
-    if args.tensor_parallel > 1:
-        model = load_split(folder, dtype, device, rank, args.tensor_parallel)
-    else:
-        model = Qwen2.from_pretrained(folder, dtype=dtype, device=device).eval()
-    fuse(model, args.compile)
-    _, ends = data.read_generation_config(folder)
-    stop_ids = {*ends, tokenizer.token_id(tokenizer.end_token)}
-    return model, tokenizer, stop_ids
-
-
-def parse_arguments():
-    """The flags; ValueError for a value out of range."""
-    parser = data.ArgumentParser(description=__doc__)
-    add = parser.add
-    add("--model", "folder, or name on the hub", type="path")
-    add("--endpoint", "instead of --model: URL of a server of OpenAI's kind, such as "
-                      "http://localhost:8000/v1; key in OPENAI_API_KEY")
-    add("--endpoint_model", "the model's name there")
-    add("--concurrency", "requests at a time", type="count", default=32)
-    add("--timeout", "seconds for one of them", type="positive", default=600)
-    add("--rewrite", "samples to split into thought and solution", type="path")
-    add("--rewriter", "rule: without a model", default="model", choices=("model", "rule"))
-    add("--label_difficulty", "only grade the --problems, from 1 to 10", action="store_true")
-    add("--min_difficulty", "only problems of this grade or above", type=int)
-    add("--max_difficulty", "only problems of this grade or below", type=int)
-    add("--problems", "sample answers to files, data sets, builtin:heldout, or a benchmark: "
-                      + ", ".join(data.EVALUATIONS), nargs="+", type="path")
-    data.add_selection(add)
-    add("--out", "the samples, a JSON object a line; goes on where it stopped",
-        default="samples.jsonl", type="path")
-    add("--n", "samples of each problem (1, or the benchmark's own number)", type="count")
-    add("--limit", "only so many problems, the first", type="count")
-    add("--prompt", "answer this once, and end")
-    add("--system", "skyt1, qwq, none, or a text (skyt1 for problems, none for a chat)")
-    add("--temperature", "0: the most likely token (0.7, or the benchmark's own)", type=float)
-    add("--top_p", "only the most likely tokens of this mass", type=float, default=1.0)
-    add("--top_k", "only so many of the most likely tokens; 0: all", type=int, default=0)
-    add("--repetition_penalty", "makes earlier tokens less likely", type=float, default=1.0)
-    add("--seed", "of the random streams", type=int, default=0)
-    add("--max_new_tokens", "longest answer (16384, or 3/4 of the model's positions)", type="count")
-    add("--stop", "texts that end an answer", nargs="*", default=[])
-    add("--min_think", "a thought of fewer tokens goes on with Wait", type="count")
-    add("--max_think", "a thought of so many tokens is ended", type="count")
-    add("--max_batch_tokens", "tokens of the key/value cache (what memory allows)", type="count")
-    add("--max_slots", "answers at a time (16 on a CPU, 64 on CUDA)", type="count")
-    add("--dtype", "(bfloat16 on CUDA, float32 on a CPU, and there for a bfloat16 that is slow)",
-        choices=("float32", "bfloat16"))
-    add("--compile", "torch.compile the blocks (for GPUs)", action="store_true")
-    add("--tensor_parallel", "ranks that share one model", type="count", default=1)
-    args = parser.parse_args()
-    check_combination(args)
-    benchmark_defaults(args)
-    Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty)  # checks them
-    return args
-
-
-def check_combination(args):
-    """ValueError for flags that say nothing together."""
-    by_rule_alone = args.rewrite and args.rewriter == "rule"
-    if not by_rule_alone and bool(args.model) == bool(args.endpoint):
-        raise ValueError("name either --model or --endpoint")
-    if args.endpoint and not args.endpoint_model:
-        raise ValueError("--endpoint wants --endpoint_model, the model's name there")
-    if args.endpoint and not (args.problems or args.rewrite):
-        raise ValueError("--endpoint wants --problems or --rewrite")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if args.endpoint:
-            raise ValueError("one process can ask a server as much as several: raise --concurrency")
-        if not (args.problems or args.rewrite or args.prompt and args.tensor_parallel > 1):
-            raise ValueError("a chat is one process: leave out torchrun (several answer one "
-                             "--prompt with --tensor_parallel)")
-    if args.endpoint and (args.min_think is not None or args.max_think is not None):
-        raise ValueError("--min_think and --max_think want a --model: a server's answers cannot be "
-                         "forced")
-    if (args.min_think or 0) > (args.max_think or math.inf):
-        raise ValueError("--min_think is above --max_think")
-    if sum(map(bool, (args.problems, args.rewrite, args.prompt))) > 1:
-        raise ValueError("--problems, --rewrite and --prompt are runs of their own: name one")
-    if args.label_difficulty and not args.problems:
-        raise ValueError("--label_difficulty wants --problems")
-    if args.compile and (args.endpoint or args.tensor_parallel > 1):
-        raise ValueError("--compile wants a --model that is whole in each process")
-
-
-def benchmark_defaults(args):
-    """--n and --temperature where not given: those of the benchmarks named, which must agree."""
-    wanted = {(e.n, e.temperature) for name in args.problems or ()
-              if (e := data.find_evaluation(name))} or {(1, 0.7)}
-    if len(wanted) > 1 and None in (args.n, args.temperature):
-        raise ValueError(f"{', '.join(args.problems)} are sampled differently: run them one by "
-                         "one, or give --n and --temperature")
-    n, temperature = wanted.pop()
-    args.n = n if args.n is None else args.n
-    args.temperature = temperature if args.temperature is None else args.temperature
-
-
 def read_samples(path):
     """The rows to rewrite, without verdicts; ValueError that names file and line of others."""
     for row, line in data.read_rows(Path(path)):
-        kinds = {"source": str | int, "id": str | int, "response": str, "sample": int}
-        for name, kind in kinds.items():
-            if not isinstance(row.get(name, 0 if name == "sample" else None), kind):
-                raise ValueError(f"{path}:{line}: a sample needs `{name}`")
-        yield {key: value for key, value in row.items() if key not in VERDICT_FIELDS}
+        match {"sample": 0} | row:
+            case {"source": str() | int(), "id": str() | int(), "sample": int(), "response": str()}:
+                yield {key: value for key, value in row.items() if key not in VERDICT_FIELDS}
+            case _:
+                raise ValueError(f"{path}:{line}: a sample needs `source`, `id` and `response`")
 
 
-def chosen_problems(args, rank):
-    """--problems within --limit and the difficulties asked for."""
+def chosen_problems(args):
+    """--problems within --limit and the difficulties asked for, and a line that says which."""
     problems = list(data.read_problems(args.problems, split=args.split, where=args.where))
+    chosen, total = problems, f"{len(problems):,} problems"
     if args.min_difficulty is not None or args.max_difficulty is not None:
-        low, high = args.min_difficulty or 0, args.max_difficulty or 10
         for problem in problems:
             if not isinstance(problem.get("difficulty", ""), int | None):
                 raise ValueError(f"problem {problem['id']} has no `difficulty` from 1 to 10: run "
                                  "--label_difficulty first")
-        graded = [problem for problem in problems if problem["difficulty"] is not None]
-        chosen = [problem for problem in graded if low <= problem["difficulty"] <= high]
+        low, high = args.min_difficulty or 0, args.max_difficulty or 10
+        grades = [problem["difficulty"] for problem in problems]
+        chosen = [problem for problem, grade in zip(problems, grades, strict=True)
+                  if grade is not None and low <= grade <= high]
+        total += f" ({grades.count(None):,} without a grade, {len(chosen):,} of that difficulty)"
+    chosen = chosen[:args.limit]
+    return chosen, f"{', '.join(args.problems)}: {len(chosen):,} of {total}"
+
+
+def run_jobs(args, answerer, jobs, finish, settings, read, rank, store):
+    """Answers what is not answered yet, and writes each row as it is there. answerer() is only
+    called, and so a model only loaded, if something is left."""
+    barrier = dist.barrier if dist.is_initialized() else lambda: None
+    jobs, start = list(jobs), time.monotonic()
+    name = args.endpoint_model or args.model or "rule"
+    with closing(SampleFile(args.out, settings, rank, barrier)) as out:
+        left = out.left(jobs)
+        if len(left) < len(jobs):
+            data.print0(f"{args.out}: {len(jobs) - len(left):,} of {len(jobs):,} are there already")
+        if left:
+            speaker, start = answerer(), time.monotonic()
+            for job, text, reason, num_tokens in with_bar(speaker.answers(left), left, rank, store):
+                if rank == 0 or args.tensor_parallel == 1:
+                    out.add(finish(job, text, reason, num_tokens, name))
+        barrier()
         if rank == 0:
-            print(f"{len(chosen):,} of {len(problems):,} problems are of the difficulty asked for, "
-                  f"{len(problems) - len(graded):,} have no grade", file=sys.stderr)
-        problems = chosen
-    return problems[:args.limit]
+            rows = out.merge([sample_key(job.row) for job in jobs])
+            print(read)
+            if name != "rule":
+                system = f"system prompt: {args.system[:60]}" if args.system else NO_SYSTEM
+                print(f"{name}: {system}; temperature {args.temperature:g}"
+                      + (f", {args.dtype}" if args.dtype else ""))
+            new = [rows[sample_key(job.row)] for job in left]
+            print_end(args.out, rows, new, time.monotonic() - start)
+
+
+def with_bar(answers, left, rank, store):
+    """The answers, while a bar shows how far all processes are."""
+    start, tokens, cut_off = time.monotonic(), 0, 0
+    with tqdm(total=len(left), unit=" answers", disable=rank > 0 or None) as progress:
+        for answer in answers:
+            yield answer
+            _, _, reason, num_tokens = answer
+            tokens += num_tokens or 0
+            cut_off += reason != "stop"
+            rate = tokens / (time.monotonic() - start)
+            progress.set_postfix_str(f"{rate:.0f} tokens/s here, {cut_off} cut off", refresh=False)
+            progress.update((store.add("finished", 1) if store else progress.n + 1) - progress.n)
+
+
+def print_end(path, rows, new, seconds):
+    """What was answered in this run, and what the file holds."""
+    if new:
+        tokens = sum(row.get("num_tokens") or 0 for row in new)
+        cut_off = sum(row.get("finish_reason", "stop") != "stop" for row in new)
+        print(f"{len(new):,} answers in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s, "
+              f"{cut_off / len(new):.1%} cut off")
+    print(f"{path}: {len(rows):,} rows")
+
+
+# ----------------------------------------------------------------------------------------- the chat
+
+NO_SYSTEM = "no system prompt but the chat template's"
+HELP = ("/reset begins again, /system TEXT sets the system prompt (none: the chat template's), "
+        "/help, /quit; Ctrl-C stops an answer")
+
+
+def say(speaker, messages):
+    """Prints an answer as it comes, and returns it; Ctrl-C ends it."""
+    said = ""
+    with suppress(KeyboardInterrupt), closing(speaker.stream(messages)) as pieces:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            said += piece
+    print()
+    return said
+
+
+def read_message():
+    """A line; of a terminal with what was pasted behind it. Raises EOFError."""
+    lines = [input("> ")]
+    while sys.stdin.isatty() and select.select([sys.stdin], [], [], 0.05)[0]:
+        lines.append(input())
+    return "\n".join(lines).strip()
+
+
+def chat(args, speaker):
+    """One answer to --prompt, or a conversation in the terminal."""
+    start = system_turns(args.system)
+    if args.prompt is not None:
+        say(speaker, [*start, {"role": "user", "content": args.prompt}])
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401 (lines may then have more than 4,095 characters)
+    print(HELP)
+    messages = start
+    while True:
+        try:
+            text = read_message()
+        except (EOFError, KeyboardInterrupt, RuntimeError):  # the last: there is no stdin
+            print()
+            return
+        command, _, system = text.partition(" ")
+        if command == "/quit":
+            return
+        if command in ("/reset", "/system"):
+            if system:
+                start = system_turns(system.strip())
+            messages = start
+            system = f"system prompt: {start[0]['content']}" if start else NO_SYSTEM
+            print(f"a new conversation; {system}")
+        elif text.startswith("/"):
+            print(HELP)
+        elif text:
+            asked = [*messages, {"role": "user", "content": text}]
+            try:
+                messages = [*asked, {"role": "assistant", "content": say(speaker, asked)}]
+            except ValueError as error:
+                print(error, file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------------- the command
+
+def parse_arguments():
+    """The flags; ValueError for a value out of range."""
+    parser = data.ArgumentParser(description=__doc__)
+    parser.register("type", "JSON object", lambda text: {**json.loads(text)})
+    add = parser.add
+    add("--model",
+        "folder, or name on the hub", type="path")
+    add("--endpoint",
+        "instead of --model: URL of a server of OpenAI's kind, such as "
+        "http://localhost:8000/v1; key in OPENAI_API_KEY")
+    add("--endpoint_model",
+        "the model's name there")
+    add("--concurrency",
+        "requests at a time", type="count", default=32)
+    add("--timeout",
+        "seconds for one of them, all its bytes", type="positive", default=600)
+    add("--extra",
+        'JSON object of more fields for each of them: {"reasoning_effort": "low"}',
+        type="JSON object", default={})
+    add("--rewrite",
+        "samples to split into thought and solution", type="path")
+    add("--rewriter",
+        "rule: without a model", default="model", choices=("model", "rule"))
+    add("--label_difficulty",
+        "only grade the --problems, from 1 to 10", action="store_true")
+    add("--min_difficulty",
+        "only problems of this grade or above", type=int)
+    add("--max_difficulty",
+        "only problems of this grade or below", type=int)
+    add("--problems",
+        "sample answers to files, data sets, builtin:heldout, or a benchmark: "
+        + ", ".join(data.EVALUATIONS), nargs="+", type="path")
+    data.add_selection(add)
+    add("--out",
+        "the samples, a JSON object a line; goes on where it stopped",
+        default="samples.jsonl", type="path")
+    add("--n",
+        "samples of each problem (1, or the benchmark's own number)", type="count")
+    add("--limit",
+        "only so many problems, the first", type="count")
+    add("--prompt",
+        "answer this once, and end")
+    add("--system",
+        "skyt1, qwq, or a text (none: the model's chat template has its own)")
+    add("--temperature",
+        "0: the most likely token (0.7, or the benchmark's own of one sample)", type=float)
+    add("--top_p",
+        "only the most likely tokens of this mass", type=float, default=1.0)
+    add("--top_k",
+        "only so many of the most likely tokens; 0: all", type=int, default=0)
+    add("--repetition_penalty",
+        "makes earlier tokens less likely", type=float, default=1.0)
+    add("--seed",
+        "of the random numbers", type=int, default=0)
+    add("--max_new_tokens",
+        "longest answer (16384, or 3/4 of the model's positions)", type="count")
+    add("--stop",
+        "texts that end an answer", nargs="*", default=[])
+    add("--min_think",
+        "a thought of fewer tokens goes on with Wait", type="count")
+    add("--max_think",
+        "a thought of so many tokens is ended", type="count")
+    add("--max_batch_tokens",
+        "tokens of the key/value cache (what memory allows)", type="count")
+    add("--max_slots",
+        "answers at a time (16 on a CPU, 64 on CUDA)", type="count")
+    add("--dtype",
+        "(bfloat16 on CUDA, float32 on a CPU, and there for a bfloat16 that is slow)",
+        choices=("float32", "bfloat16"))
+    add("--compile",
+        "torch.compile the blocks (for GPUs)", action="store_true")
+    add("--tensor_parallel",
+        "ranks that share one model", type="count", default=1)
+    args = parser.parse_args()
+    for says_nothing, why in wrong_combinations(args):
+        if says_nothing:
+            raise ValueError(why)
+    # where not given: those of the benchmarks named; to what is held out, the likeliest answer
+    own = {(e.n, e.temperature) for name in args.problems or ()
+           if (e := data.find_evaluation(name))}
+    if any(re.match("builtin:(heldout|harder)", name) for name in args.problems or ()):
+        own.add((1, 0.0))
+    if len(own) > 1 and None in (args.n, args.temperature):
+        raise ValueError(f"{', '.join(args.problems)} are sampled differently: run them one by "
+                         "one, or give --n and --temperature")
+    n, temperature = own.pop() if own else (1, 0.7)
+    args.n = args.n or n
+    if args.temperature is None:
+        args.temperature = 0.7 if args.n > 1 else temperature
+    args.system = None if args.system == "none" else args.system
+    Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty)  # checks them
+    return args
+
+
+def wrong_combinations(args):
+    """(whether it is so, what to do) of flags that say nothing together."""
+    several, split = int(os.environ.get("WORLD_SIZE", 1)), args.tensor_parallel
+    thinks = args.min_think is not None or args.max_think is not None
+    by_rule_alone = args.rewrite and args.rewriter == "rule"
+    chats = not (args.problems or args.rewrite)
+    return [
+        (not by_rule_alone and bool(args.model) == bool(args.endpoint),
+         "name either --model or --endpoint"),
+        (args.endpoint and not args.endpoint_model,
+         "--endpoint wants --endpoint_model, the model's name there"),
+        (args.endpoint and several > 1,
+         "one process can ask a server as much as several: raise --concurrency"),
+        (several > 1 and chats and not (args.prompt and split > 1),
+         "a chat is one process: leave out torchrun (several answer one --prompt with "
+         "--tensor_parallel)"),
+        (args.endpoint and thinks,
+         "--min_think and --max_think want a --model: a server's answers cannot be forced"),
+        ((args.min_think or 0) > (args.max_think or math.inf), "--min_think is above --max_think"),
+        (sum(map(bool, (args.problems, args.rewrite, args.prompt))) > 1,
+         "--problems, --rewrite and --prompt are runs of their own: name one"),
+        (args.label_difficulty and not args.problems, "--label_difficulty wants --problems"),
+        (args.compile and (args.endpoint or split > 1),
+         "--compile wants a --model that is whole in each process"),
+        (split not in (1, several), f"--tensor_parallel {split} wants as many processes: torchrun "
+         f"--nproc_per_node={split}"),
+    ]
 
 
 def start_processes(args):
     """(rank, device, store) of this process under torchrun; alone the store is None."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.tensor_parallel not in (1, world_size):
-        raise ValueError(f"--tensor_parallel {args.tensor_parallel} wants as many processes: "
-                         f"torchrun --nproc_per_node={args.tensor_parallel}")
     device = data.own_device()
     if world_size == 1:
-        return rank, str(device), None
+        return rank, device, None
     store, _, _ = next(dist.rendezvous("env://"))
     on_gpu = device.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.PrefixStore("group", store),
@@ -1320,60 +1467,44 @@ def start_processes(args):
     def stop(*_):
         raise dist.DistError("another process died, or torchrun was stopped: the same command "
                              "goes on")
-    if args.tensor_parallel == 1:  # else this one may wait for the dead, where no signal is heard
-        signal.signal(signal.SIGTERM, stop)
-    return rank, str(device), store
-
-
-def rewrite_by_rule(args):
-    """--rewriter rule: the whole file at once."""
-    rows = [row | {"response": by_rule(row), "original": row["response"], "rewriter": "rule"}
-            for row in read_samples(args.rewrite)]
-    text, out = "".join(map(line_of, rows)), Path(args.out)
-    if out.exists() and out.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{args.out} holds something else: name another --out, or delete it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(out, [text.encode()])
-    print(f"{args.out}: {len(rows):,} rows")
+    if args.tensor_parallel > 1:  # all work on each answer; one may wait for the dead, and not hear
+        return rank, device, None
+    signal.signal(signal.SIGTERM, stop)
+    return rank, device, store
 
 
 def main():
     """Who answers, what is asked, and then the run; without problems a chat."""
     args = parse_arguments()
     rank, device, store = start_processes(args)
-    if args.rewrite and args.rewriter == "rule":
-        return rewrite_by_rule(args) if rank == 0 else None
-    barrier = dist.barrier if store else lambda: None
-    args.system = args.system or ("skyt1" if args.problems else "none")
-    longest, chats = 16384, not args.problems and not args.rewrite
+    chats, longest = not (args.problems or args.rewrite), 16384
     if args.model:
         config = Qwen2Config.from_pretrained(data.find_model(args.model, weights=False))
         longest = min(longest, config.max_position_embeddings * 3 // 4)
-        asked = args.dtype or ("bfloat16" if device != "cpu" else "float32")
-        args.dtype = computed_in(asked, config, device,
-                                 1 if chats else args.max_slots or SLOTS["cpu"])
-        if rank == 0 and args.dtype != asked:
-            print("this CPU has no bf16 arithmetic: float32 instead", file=sys.stderr)
+        args.max_slots = 1 if chats else args.max_slots or SLOTS[device.type]
+        asked = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+        args.dtype = computed_in(asked, config, device, args.max_slots)
+        if args.dtype != asked:
+            data.print0("this CPU has no bf16 arithmetic: float32 instead")
     args.max_new_tokens = args.max_new_tokens or longest
+    endpoint = Endpoint(args) if args.endpoint else None  # refuses a wrong address or key at once
+
+    def answerer():
+        return endpoint or (Local(args, rank, device, store) if args.model else Rule())
     if chats:
         if rank > 0:
             sys.stdout = open(os.devnull, "w")
-        return chat(args, *load(args, rank, device))
+        return chat(args, answerer())
     if args.rewrite:
-        jobs, finish = rewriting_jobs(read_samples(args.rewrite)), rewritten
-    elif args.label_difficulty:
-        jobs, finish = difficulty_jobs(chosen_problems(args, rank)), labelled
+        samples = list(read_samples(args.rewrite))
+        jobs, finish = rewriting_jobs(samples), rewritten
+        read = f"{args.rewrite}: {len(samples):,} samples"
     else:
-        jobs, finish = sampling_jobs(chosen_problems(args, rank), args), sampled
-    settings = {name: getattr(args, name) for name in (
-        "model", "endpoint_model", "temperature", "top_p", "top_k", "repetition_penalty", "seed",
-        "max_new_tokens", "system", "stop", "dtype", "min_think", "max_think", "rewrite",
-        "label_difficulty")}
-    store = store if args.tensor_parallel == 1 else None  # else all work on each answer
-
-    def answerer():
-        return Endpoint(args) if args.endpoint else Local(args, *load(args, rank, device), store)
-    run_jobs(args, answerer, jobs, finish, settings, rank, barrier, store)
+        problems, read = chosen_problems(args)
+        jobs, finish = ((difficulty_jobs(problems), labelled) if args.label_difficulty
+                        else (sampling_jobs(problems, args), sampled))
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    run_jobs(args, answerer, jobs, finish, settings, read, rank, store)
 
 
 if __name__ == "__main__":

@@ -2521,8 +2521,8 @@ def sample_verdict(sample, **options):
     for name in ("response", gold, *{"original"} & sample.keys()):
         if not isinstance(sample.get(name), list if name == "tests" else str):
             raise BadInput(f"field {name} is missing or no {'list' if name == 'tests' else 'text'}")
-    if sample.get("finish_reason") == "length":
-        return Verdict(False, "truncated")
+    if (reason := sample.get("finish_reason")) not in (None, "stop"):
+        return Verdict(False, "truncated" if reason == "length" else str(reason)[:40])
     if "original" in sample and not keeps_structure(sample):
         return Verdict(False, "structure")
     if kind == "code":

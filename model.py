@@ -344,8 +344,8 @@ class KVCache:
     once. A prompt is read alone, so that what is computed for it depends on nothing else; after
     that each step adds a token to the first rows."""
 
-    def __init__(self, config, num_slots, length, dtype, device, num_key_value_heads=None):
-        self.Hkv = num_key_value_heads or config.num_key_value_heads
+    def __init__(self, config, num_slots, length, dtype, device):
+        self.Hkv = config.num_key_value_heads
         self.length = length
         shape = (
             config.num_hidden_layers,

@@ -29,8 +29,9 @@ import time
 import urllib.request
 from array import array
 from collections import namedtuple
+from concurrent.futures import Future
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -145,7 +146,7 @@ class Request:
     ended: object = None
     tokens: list = field(default_factory=list)
 
-    def take(self, token, stop_ids):
+    def append(self, token, stop_ids):
         """Adds a token; returns why the answer ends there, "stop" or "length", or None."""
         if token in stop_ids:
             return "stop"
@@ -173,20 +174,13 @@ class Engine:
         self.num_slots = num_slots
         self.cells = cells_of(length, self.device.type)
         self.is_constant = self.device.type == "cuda" or parameter.dtype != torch.float32
-        self.cache = KVCache(
-            model.config,
-            num_slots,
-            self.cells,
-            parameter.dtype,
-            self.device,
-            getattr(model, "num_key_value_heads", None),
-        )
+        self.cache = KVCache(model.config, num_slots, self.cells, parameter.dtype, self.device)
         self.requests = []
         self.last_read = None, None, None  # a prompt, its keys and values, its logits
-        # a row's last token, and the cell that it will be stored in
+        # a row's last token, and the cell that its keys and values will be stored in
         self.input_ids = torch.zeros(num_slots, dtype=torch.long, device=self.device)
         self.positions = torch.full_like(self.input_ids, self.cells - 1)
-        # for the token in each cell
+        # the random number by which the token of each cell is chosen
         self.u = torch.zeros(num_slots, self.cells, dtype=torch.float64, device=self.device)
         self.seen = None  # which tokens a row has had, for a repetition penalty
         if sampling.repetition_penalty != 1:
@@ -206,15 +200,16 @@ class Engine:
             self.remove(len(self.requests) - 1)
         while True:
             while len(self.requests) < self.num_slots and (request := next(waiting, None)):
-                if reason := self.take(len(self.requests), self.read(request)):
+                token = self.prefill(request)
+                if reason := self.append(len(self.requests) - 1, token):
                     yield request, reason
                     self.remove(len(self.requests) - 1)
             if not self.requests:
                 return
             finished = {}
-            for tokens in self.steps(every_step):
+            for tokens in self.decode(every_step):
                 for row, token in enumerate(tokens):
-                    if row not in finished and (reason := self.take(row, token)):
+                    if row not in finished and (reason := self.append(row, token)):
                         finished[row] = reason
             for row, request in enumerate(self.requests):
                 if row in finished or every_step:
@@ -222,9 +217,9 @@ class Engine:
             for row in sorted(finished, reverse=True):
                 self.remove(row)
 
-    def read(self, request):
-        """Reads a prompt into the next row, and returns its first token. The samples of one problem
-        follow each other: then what was read is copied."""
+    def prefill(self, request):
+        """Reads a prompt into the next row, and returns the answer's first token. The samples of
+        one problem follow each other: then what was read is copied."""
         row, T = len(self.requests), len(request.prompt)
         ids = torch.tensor(request.prompt, device=self.device)
         prompt, kv, logits = self.last_read
@@ -250,18 +245,18 @@ class Engine:
         u = self.u[rows].gather(1, self.positions[rows, None])[:, 0]
         seen = None if self.seen is None else self.seen[rows]
         self.input_ids[rows] = choose(logits, self.sampling, u, seen)
-        if hasattr(self.model, "num_key_value_heads"):  # split: all ranks go on with one token
+        if is_split(self.model):  # all ranks go on with one token
             dist.broadcast(self.input_ids[rows], 0)
 
-    def take(self, row, token):
-        """Gives a request its next token, or another one in its place; see Request.take."""
+    def append(self, row, token):
+        """Gives a request its next token, or another in its place; returns as Request.append."""
         request = self.requests[row]
         if request.replace:
             token = request.replace(request.tokens, token)
             self.input_ids[row] = token
         if self.seen is not None:
             self.seen[row, token] = True
-        return request.take(token, self.stop_ids)
+        return request.append(token, self.stop_ids)
 
     def remove(self, row):
         """Takes a request out; the last one moves into its row. Rows without a request step in the
@@ -276,9 +271,10 @@ class Engine:
         self.requests.pop()
         self.positions[last] = self.cells - 1
 
-    def steps(self, one):
-        """The tokens that the requests chose in each of the next steps. Looks are rare on CUDA,
-        where each one waits for the device; replaced tokens and penalties need one every time."""
+    def decode(self, one):
+        """Lists of the tokens that the requests chose in each of the next steps, or in one. Looks
+        are rare on CUDA, where each waits for the device; replaced tokens and penalties need one
+        every time."""
         one = one or self.seen is not None or any(request.replace for request in self.requests)
         n = 1 if one else INTERVAL[self.device.type]
         B = self.num_slots if self.is_constant else len(self.requests)
@@ -339,19 +335,6 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0
     return [request.tokens for request in requests]
 
 
-HeldOutAnswer = namedtuple("HeldOutAnswer", "asked text expected is_right")
-
-
-def answer_heldout(model, tokenizer, stop_ids, count):
-    """Greedy answers to problems of the built-in tasks that no training row has."""
-    problems = list(data.builtin_problems("heldout", count))
-    chats = [messages_of(problem, None) for problem in problems]
-    prompts = [prompt_of(tokenizer, chat) for chat in chats]
-    texts = map(tokenizer.decode, generate(model, prompts, 160, stop_ids=stop_ids))
-    return [HeldOutAnswer(chat[-1]["content"], text, bare, text.endswith(bare))
-            for chat, text, bare in zip(chats, texts, (problem["bare"] for problem in problems))]
-
-
 # ------------------------------------------------------------------------------------------- memory
 
 def cells_of(length, device_type):
@@ -407,8 +390,8 @@ def plan_slots(model, length, max_batch_tokens=None, most=None):
     """How many rows of `length` tokens the cache may have, from the memory that the device has
     free. Raises ValueError that says how much is missing."""
     config, parameter = model.config, next(model.parameters())
-    heads = getattr(model, "num_key_value_heads", config.num_key_value_heads)
-    token_bytes = 2 * config.num_hidden_layers * heads * config.head_dim * parameter.dtype.itemsize
+    token_bytes = (2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+                   * parameter.dtype.itemsize)
     most = most or SLOTS[parameter.device.type]
     if max_batch_tokens is None:
         # a row's logits, probabilities and their order (on CUDA both in warm-up and graph); a
@@ -416,7 +399,7 @@ def plan_slots(model, length, max_batch_tokens=None, most=None):
         work = ((64 if parameter.device.type == "cpu" else 160) * most * config.vocab_size
                 + 16 * length * config.intermediate_size)
         max_batch_tokens = int((free_memory(parameter.device) - work) // token_bytes)
-    if heads < config.num_key_value_heads:  # all ranks of a split model step together
+    if is_split(model):  # all ranks step together
         least = torch.tensor(max_batch_tokens, device=parameter.device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
         max_batch_tokens = int(least)
@@ -431,7 +414,7 @@ def plan_slots(model, length, max_batch_tokens=None, most=None):
 
 def computed_in(dtype, config, device, num_slots):
     """The dtype in place of the one asked for: float32 for bfloat16 on a CPU that multiplies bf16
-    slowly, where it fits (one row waits for memory anyway)."""
+    slowly, where that takes a quarter of the memory at most (one row waits for memory anyway)."""
     is_slow = (dtype == "bfloat16" and torch.device(device).type == "cpu" and num_slots > 1
                and not data.cpu_multiplies_bf16())
     fits = is_slow and weight_bytes(config, torch.float32, device) < free_memory(device) / 4
@@ -551,7 +534,7 @@ def fuse(model, num_slots=SLOTS["cpu"], compiles=False):
     computes beside its attention, which writes into the cache."""
     order = fastest_order(next(model.parameters()), num_slots, compiles)
     for i, block in enumerate(model.model.layers):
-        block = FusedBlock(block, order, is_split=hasattr(model, "num_key_value_heads"))
+        block = FusedBlock(block, order, is_split(model))
         model.model.layers[i] = block
         if compiles:
             block.heads, block.feed_forward = map(torch.compile, (block.heads, block.feed_forward))
@@ -581,8 +564,15 @@ def load_split(model_dir, dtype, device, rank, world_size):
         module, _, leaf = name.rpartition(".")
         value = torch.nn.Parameter(value.to(device, dtype), requires_grad=False)
         setattr(model.get_submodule(module), leaf, value)
-    model.num_key_value_heads = config.num_key_value_heads // world_size
+    heads = config.num_key_value_heads // world_size  # of the cache
+    model.config = replace(model.config, num_key_value_heads=heads)
+    model.is_split = True
     return model.eval()
+
+
+def is_split(model):
+    """Whether load_split made it."""
+    return getattr(model, "is_split", False)
 
 
 # ---------------------------------------------------------------------------------- the sample file
@@ -877,12 +867,15 @@ class Endpoint:
     def __init__(self, args):
         self.args = args
         self.url = args.endpoint.rstrip("/") + "/chat/completions"
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not re.fullmatch(r"https?://[a-zA-Z0-9\[][!-~]*", args.endpoint):
             raise ValueError(f"--endpoint {args.endpoint}: write http:// or https:// and a host, "
                              "as in http://localhost:8000/v1")
-        if not re.fullmatch("[ -~]+", self.key):
+        if not re.fullmatch("[ -~]*", self.key):
             raise ValueError("OPENAI_API_KEY holds characters that no key has")
+        self.headers = {"Content-Type": "application/json"}
+        if self.key:
+            self.headers["Authorization"] = f"Bearer {self.key}"
         self.opener = urllib.request.build_opener(AsItIs)
         self.ended = threading.Event()
 
@@ -931,13 +924,16 @@ class Endpoint:
                 return []
             rows, after = [], ""
             try:
-                text, reason, tokens = next(self.pieces(job.messages, job.stream))
+                text, reason, tokens = within(
+                    self.args.timeout, lambda: next(self.pieces(job.messages, job.stream)))
                 self.answered = True
                 if reason == "stop" and not text:
                     reason = None
                 rows = [(job, cut(text, self.args.stop), reason or "incomplete", tokens)]
                 if reason and reason != "abort":
                     return rows
+            except TimeoutError as error:
+                failure = f"{self.url}: {error}"
             except ValueError as error:
                 failure, status, after = error, error.status, error.after
                 if status in (400, 413, 422):
@@ -965,9 +961,11 @@ class Endpoint:
             with self.post(messages, name, **more) as reply:
                 status, after = reply.status, reply.headers.get("Retry-After", "")
                 told += f": status {status} {reply.headers.get('Location', reply.reason)}"
-                yield from completion(events(reply, self.args.timeout))
+                yield from completion(events(reply))
         except (OSError, ValueError, http.client.HTTPException) as error:
-            text = f"{told}: {str(error) or type(error).__name__}".replace(self.key, "(key)")
+            text = f"{told}: {str(error) or type(error).__name__}"
+            if self.key:
+                text = text.replace(self.key, "(key)")
             failure = ValueError(" ".join(text.split())[:400])
             reason = getattr(error, "reason", None)
             if isinstance(reason, ConnectionRefusedError | socket.gaierror) and not self.answered:
@@ -996,19 +994,31 @@ class Endpoint:
         if args.repetition_penalty != 1:
             body["repetition_penalty"] = args.repetition_penalty
         request = urllib.request.Request(
-            self.url, json.dumps(body | more | args.extra).encode(),
-            {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"})
+            self.url, json.dumps(body | more | args.extra).encode(), self.headers)
         return self.opener.open(request, timeout=args.timeout)
 
 
-def events(reply, timeout):
-    """The parts of a body between empty lines: a stream's server-sent events, or all of it. The
-    whole body must be there in time (within twice that, as each read may wait as long); before it,
-    the timeout is for each address that is tried, and for each read of the headers."""
-    end, rest = time.monotonic() + timeout, b""
+def within(seconds, work):
+    """What work() returns or raises; TimeoutError if it is not done after so many seconds, whatever
+    it waits for: a thread of its own then goes on alone."""
+    outcome = Future()
+
+    def run():
+        try:
+            outcome.set_result(work())
+        except Exception as error:
+            outcome.set_exception(error)
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"no end after {seconds:g} seconds") from None
+
+
+def events(reply):
+    """The parts of a body between empty lines: a stream's server-sent events, or all of it."""
+    rest = b""
     while chunk := reply.read1():
-        if time.monotonic() > end:
-            raise TimeoutError(f"no end after {timeout:g} seconds")
         *whole, rest = re.split(rb"\r?\n\r?\n", rest + chunk)
         yield from whole
     yield rest
@@ -1018,7 +1028,7 @@ def completion(events):
     """(text, finish reason, tokens or None) of each event, until there is a reason: a whole reply
     is the only one. What the server tells apart as thought comes in the recipe's form. OSError with
     the server's own words for all else: an error, broken JSON, a stream without an end."""
-    before = after = ""  # the solution
+    head = tail = ""  # the tags around the solution, where there is a thought
     for event in events:
         if not re.search(rb'"(delta|message|error)"\s*:', event):
             continue  # a comment, [DONE]
@@ -1029,12 +1039,12 @@ def completion(events):
             reason, usage = choice.get("finish_reason"), reply.get("usage") or {}
             thought = part.get("reasoning_content") or part.get("reasoning") or ""
             content = part.get("content") or ""
-            if thought and not after:
+            if thought and not tail:
                 thought = TAGS[0] + "\n\n" + thought
-                before, after = f"\n\n{TAGS[1]}\n\n{TAGS[2]}\n\n", f"\n\n{TAGS[3]}"
+                head, tail = f"\n\n{TAGS[1]}\n\n{TAGS[2]}\n\n", f"\n\n{TAGS[3]}"
             if content:
-                content, before = before + content, ""
-            text = thought + content + (after if reason and not before else "")
+                content, head = head + content, ""
+            text = thought + content + (tail if reason and not head else "")
             tokens = usage.get("completion_tokens")
             yield (text.encode("utf-8", "replace").decode(), reason,
                    tokens if isinstance(tokens, int) else None)
@@ -1080,25 +1090,6 @@ The problem:
 
 """
 VERDICT_FIELDS = ("passed", "extracted", "reason")
-SETTINGS = (  # what changes the samples
-    "model",
-    "endpoint_model",
-    "rewriter",
-    "extra",
-    "system",
-    "temperature",
-    "top_p",
-    "top_k",
-    "repetition_penalty",
-    "seed",
-    "max_new_tokens",
-    "stop",
-    "dtype",
-    "min_think",
-    "max_think",
-    "rewrite",
-    "label_difficulty",
-)
 RESULT_FIELDS = ("sample", "response", "finish_reason", "num_tokens", "model", "original",
                  "rewriter", *VERDICT_FIELDS)
 
@@ -1112,6 +1103,19 @@ def system_turns(system):
 def messages_of(problem, system):
     """The conversation that asks a problem with the recipe's prompts."""
     return [*system_turns(system), {"role": "user", "content": data.recipe_prompt(problem)}]
+
+
+HeldOutAnswer = namedtuple("HeldOutAnswer", "asked text expected is_right")
+
+
+def answer_heldout(model, tokenizer, stop_ids, count):
+    """Greedy answers to problems of the built-in tasks that no training row has."""
+    problems = list(data.builtin_problems("heldout", count))
+    chats = [messages_of(problem, None) for problem in problems]
+    prompts = [prompt_of(tokenizer, chat) for chat in chats]
+    texts = map(tokenizer.decode, generate(model, prompts, 160, stop_ids=stop_ids))
+    return [HeldOutAnswer(chat[-1]["content"], text, bare, text.endswith(bare))
+            for chat, text, bare in zip(chats, texts, (problem["bare"] for problem in problems))]
 
 
 def bare(row):
@@ -1164,8 +1168,12 @@ def labelled(job, text, reason, tokens, name):
 class Rule:
     """Rewrites without a model."""
 
+    def __init__(self, store):
+        self.store = store
+
     def answers(self, jobs):
-        for job in jobs:
+        for i in shared_out(len(jobs), self.store):
+            job = jobs[i]
             yield job, by_rule(job.row), "stop", job.row.get("num_tokens")
 
 
@@ -1202,12 +1210,11 @@ def chosen_problems(args):
     problems = list(data.read_problems(args.problems, split=args.split, where=args.where))
     chosen, total = problems, f"{len(problems):,} problems"
     if args.min_difficulty is not None or args.max_difficulty is not None:
-        for problem in problems:
-            if not isinstance(problem.get("difficulty", ""), int | None):
-                raise ValueError(f"problem {problem['id']} has no `difficulty` from 1 to 10: run "
-                                 "--label_difficulty first")
         low, high = args.min_difficulty or 0, args.max_difficulty or 10
-        grades = [problem["difficulty"] for problem in problems]
+        grades = [problem.get("difficulty", "none") for problem in problems]
+        if not all(isinstance(grade, int | None) for grade in grades):
+            raise ValueError("--min_difficulty and --max_difficulty want problems whose "
+                             "`difficulty` is from 1 to 10: run --label_difficulty first")
         chosen = [problem for problem, grade in zip(problems, grades, strict=True)
                   if grade is not None and low <= grade <= high]
         total += f" ({grades.count(None):,} without a grade, {len(chosen):,} of that difficulty)"
@@ -1215,12 +1222,33 @@ def chosen_problems(args):
     return chosen, f"{', '.join(args.problems)}: {len(chosen):,} of {total}"
 
 
+SETTINGS = (  # what changes the samples
+    "model",
+    "endpoint_model",
+    "rewriter",
+    "extra",
+    "system",
+    "temperature",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "seed",
+    "max_new_tokens",
+    "stop",
+    "dtype",
+    "min_think",
+    "max_think",
+    "rewrite",
+    "label_difficulty",
+)
+
+
 def run_jobs(args, answerer, jobs, finish, settings, read, rank, store):
     """Answers what is not answered yet, and writes each row as it is there. answerer() is only
     called, and so a model only loaded, if something is left."""
     barrier = dist.barrier if dist.is_initialized() else lambda: None
     jobs, start = list(jobs), time.monotonic()
-    name = args.endpoint_model or args.model or "rule"
+    name = "rule" if args.rewriter == "rule" else args.endpoint_model or args.model
     with closing(SampleFile(args.out, settings, rank, barrier)) as out:
         left = out.left(jobs)
         if len(left) < len(jobs):
@@ -1234,7 +1262,7 @@ def run_jobs(args, answerer, jobs, finish, settings, read, rank, store):
         if rank == 0:
             rows = out.merge([sample_key(job.row) for job in jobs])
             print(read)
-            if name != "rule":
+            if args.rewriter != "rule":
                 system = f"system prompt: {args.system[:60]}" if args.system else NO_SYSTEM
                 print(f"{name}: {system}; temperature {args.temperature:g}"
                       + (f", {args.dtype}" if args.dtype else ""))
@@ -1403,10 +1431,19 @@ def parse_arguments():
     add("--tensor_parallel",
         "ranks that share one model", type="count", default=1)
     args = parser.parse_args()
+    args.rewriter = args.rewriter if args.rewrite else None
     for says_nothing, why in wrong_combinations(args):
         if says_nothing:
             raise ValueError(why)
-    # where not given: those of the benchmarks named; to what is held out, the likeliest answer
+    args.n, args.temperature = number_and_temperature(args)
+    args.system = None if args.system == "none" else args.system
+    Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty)  # checks them
+    return args
+
+
+def number_and_temperature(args):
+    """--n and --temperature as given, else those of the benchmarks named, which must agree; one
+    answer to the built-in problems that are held out is the likeliest, several are drawn."""
     own = {(e.n, e.temperature) for name in args.problems or ()
            if (e := data.find_evaluation(name))}
     if any(re.match("builtin:(heldout|harder)", name) for name in args.problems or ()):
@@ -1415,22 +1452,19 @@ def parse_arguments():
         raise ValueError(f"{', '.join(args.problems)} are sampled differently: run them one by "
                          "one, or give --n and --temperature")
     n, temperature = own.pop() if own else (1, 0.7)
-    args.n = args.n or n
-    if args.temperature is None:
-        args.temperature = 0.7 if args.n > 1 else temperature
-    args.system = None if args.system == "none" else args.system
-    Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty)  # checks them
-    return args
+    n = args.n or n
+    if args.temperature is not None:
+        return n, args.temperature
+    return n, 0.7 if n > 1 else temperature
 
 
 def wrong_combinations(args):
     """(whether it is so, what to do) of flags that say nothing together."""
     several, split = int(os.environ.get("WORLD_SIZE", 1)), args.tensor_parallel
     thinks = args.min_think is not None or args.max_think is not None
-    by_rule_alone = args.rewrite and args.rewriter == "rule"
     chats = not (args.problems or args.rewrite)
     return [
-        (not by_rule_alone and bool(args.model) == bool(args.endpoint),
+        (args.rewriter != "rule" and bool(args.model) == bool(args.endpoint),
          "name either --model or --endpoint"),
         (args.endpoint and not args.endpoint_model,
          "--endpoint wants --endpoint_model, the model's name there"),
@@ -1463,12 +1497,12 @@ def start_processes(args):
     dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.PrefixStore("group", store),
                             rank=rank, world_size=world_size, timeout=timedelta(hours=4),
                             device_id=device if on_gpu else None)
+    if args.tensor_parallel > 1:  # all work on each answer; one may wait for the dead, and not hear
+        return rank, device, None
 
     def stop(*_):
         raise dist.DistError("another process died, or torchrun was stopped: the same command "
                              "goes on")
-    if args.tensor_parallel > 1:  # all work on each answer; one may wait for the dead, and not hear
-        return rank, device, None
     signal.signal(signal.SIGTERM, stop)
     return rank, device, store
 
@@ -1490,7 +1524,9 @@ def main():
     endpoint = Endpoint(args) if args.endpoint else None  # refuses a wrong address or key at once
 
     def answerer():
-        return endpoint or (Local(args, rank, device, store) if args.model else Rule())
+        if args.rewriter == "rule":
+            return Rule(store)
+        return endpoint or Local(args, rank, device, store)
     if chats:
         if rank > 0:
             sys.stdout = open(os.devnull, "w")

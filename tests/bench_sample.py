@@ -68,11 +68,11 @@ def print_where_time_goes(model, prompts, rows, device):
                 enumerate(itertools.islice(itertools.cycle(prompts), rows))]
     with torch.inference_mode():
         for request in requests:
-            engine.take(len(engine.requests), engine.read(request))
+            engine.append(len(engine.requests) - 1, engine.prefill(request))
 
         def decode():
             for _ in range(steps):
-                engine.steps(True)
+                engine.decode(True)
         step = seconds_of(decode) / steps
         with profile() as profiler:
             decode()

@@ -831,14 +831,16 @@ def test_ctrl_c_waits_for_what_is_under_way_and_a_second_one_ends_at_once(serve,
 WHOLE = json.dumps({"choices": [{"message": {"content": "7"}, "finish_reason": "stop"}]}, indent=1)
 
 
-def test_a_server_that_drips_is_cut_off(serve):
+@pytest.mark.parametrize("begun", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-Long: ",
+                                   b"HTT"])
+def test_a_server_that_drips_is_cut_off_wherever_it_is(begun, serve):
     def answer(handler, body):
-        handler.send_response(200)
-        handler.end_headers()
+        if len(server.asked) == 3:
+            return handler.say("7")
+        handler.wfile.write(begun)
         while len(server.asked) < 3:
             handler.wfile.write(b" ")
             time.sleep(0.02)
-        handler.wfile.write(WHOLE.encode())
     server = serve(answer)
     assert outcomes(server.url, timeout=0.2) == [(0, "7", "stop")] and len(server.asked) == 3
 
@@ -874,6 +876,9 @@ def test_the_key_is_neither_shown_nor_sent_on(serve, monkeypatch):
             list(one.stream(job.messages))
         assert "sk-" not in str(error.value) + str(streamed.value)
     assert server.asked[0].headers["Authorization"] == "Bearer sk-secret" and not other.asked
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert outcomes(serve(lambda handler, body: handler.say(
+        str(handler.headers["Authorization"]))).url) == [(0, "None", "stop")]
 
 
 def test_no_server_is_one_line_at_once_and_leaves_no_file(problems, tmp_path, monkeypatch):
@@ -988,6 +993,15 @@ def test_rewriting_by_rule_keeps_the_thought_and_the_answer(kind, response, answ
     assert new["original"] == response
     verdict = verify.verify_sample(new)
     assert verdict.passed, verdict.reason
+
+
+def test_the_rule_asks_no_model_also_where_one_is_named(model_dir, tmp_path, monkeypatch):
+    source, out = tmp_path / "samples.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps(row(1) | {"response": "So the answer is 4."}) + "\n")
+    monkeypatch.setattr(sample, "Local", None)
+    call(monkeypatch, "--rewrite", source, "--rewriter", "rule", "--model", model_dir, "--out", out)
+    (new,) = rows_of(out)
+    assert new["rewriter"] == "rule" and new["response"].startswith(sample.TAGS[0])
 
 
 def test_a_short_thought_goes_on_and_a_long_one_is_ended(model_dir, problems, tmp_path):

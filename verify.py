@@ -1,6 +1,6 @@
 """Answers: what a response says, and whether it is right.
 
-    python verify.py samples.jsonl --out verified.jsonl --keep kept.jsonl
+    python verify.py samples.jsonl --out verified.jsonl --keep kept.jsonl --report report.html
 
 Three kinds of problem: maths (equal answers, not equal strings), multiple choice (the letter),
 programs (every test run in a sandbox, its output compared outside of the program's reach). A
@@ -9,9 +9,9 @@ Nothing that a model wrote is ever evaluated as Python outside of the sandbox.
 
 In order: maths (extraction, spelling, parsing, units, what a tree says, values, equality), multiple
 choice, programs (extraction, tests, the sandbox from outside to inside), a sample's verdict, the
-worker processes that make all verdicts, the summary, the command. Needs neither torch nor the other
-files; mpmath, which works out values, comes with torch's sympy. Programs need Linux on x86_64 or
-aarch64.
+worker processes that make all verdicts, the summary, the report, the command. Needs neither torch
+nor the other files; mpmath, which works out values, comes with torch's sympy. Programs need Linux
+on x86_64 or aarch64.
 """
 import argparse
 import ast
@@ -27,6 +27,7 @@ import fcntl
 import functools
 import gc
 import glob
+import html
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -47,6 +48,7 @@ import select
 import signal
 import socket
 import statistics
+import string
 import struct
 import subprocess
 import sys
@@ -85,6 +87,7 @@ MAX_WHOLE = 4096      # of a factorial, and the last term of a sum
 MAX_WORK = 80_000     # numbers worked out for a pair, under a second; see `spent`
 TAGS = ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>",
         "<|end_of_solution|>")  # plain text to Qwen's tokenizer
+END_OF_THOUGHT = r"</think>|<\|end_of_thought\|>"
 PYTHON = re.compile(r"py(?:thon)?[\d.]*+")  # labels of a program
 FENCE = re.compile(r"(?<![`~])(`{3,}+|~{3,}+)[ \t]*+([\w+#.{}-]*+)([^`~]*+)$")
 DECIMAL = re.compile(
@@ -1681,7 +1684,7 @@ def find_letter(response):
     answer, how = find_answer(response)
     if how == "box" and (letter := choice_letter(answer)):
         return letter
-    solution = re.split(r"</think>|<\|end_of_thought\|>", response)[-1]
+    solution = re.split(END_OF_THOUGHT, response)[-1]
     text = DECORATION.sub("", solution)
     for pattern in CHOICES:
         if matches := list(pattern.finditer(text)):
@@ -2607,7 +2610,7 @@ def work(descriptor):
     while True:
         try:
             name, arguments, options = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # reset, where the last reply was not read
             return
         signal.setitimer(signal.ITIMER_REAL, MATH_TIMEOUT)  # program_verdict sets it anew
         try:
@@ -2674,36 +2677,40 @@ def problem_key(row):
     return json.dumps([row.get("source"), row.get("id", row.get("prompt"))])
 
 
-def scores(rows):
-    """The figures of verified rows: one dict for each source of each model, and one for all of a
-    model's several."""
+def groups(rows):
+    """(model, source, rows) for each source of each model, and after a model's several sources for
+    "all" of them."""
     models = collections.defaultdict(lambda: collections.defaultdict(list))
     for row in rows:
         models[str(row.get("model") or "")][str(row.get("source") or "")].append(row)
-    scores = []
     for model, sources in sorted(models.items()):
-        scores += [score(model, source, rows) for source, rows in sorted(sources.items())]
+        for source, members in sorted(sources.items()):
+            yield model, source, members
         if len(sources) > 1:
-            scores.append(score(model, "all", list(itertools.chain(*sources.values()))))
-    return scores
+            yield model, "all", list(itertools.chain(*sources.values()))
+
+
+def scores(rows):
+    """The figures of verified rows: a dict for each of their groups."""
+    return [score(*group) for group in groups(rows)]
 
 
 def score(model, source, rows):
-    """The standard error is that of the mean over problems of their means."""
+    """The standard error is that of the mean over problems of their means. The interval counts a
+    problem once, however many answers it has: more of them are no more problems."""
     problems = collections.defaultdict(list)
     for row in rows:
         problems[problem_key(row)].append(row)
-    results = [(len(samples), sum(row["passed"] for row in samples))
-               for samples in problems.values()]
-    means = [passed / n for n, passed in results]
+    counts = [(len(samples), sum(row["passed"] for row in samples))
+              for samples in problems.values()]
+    means = [passed / n for n, passed in counts]
+    accuracy = statistics.fmean(means)
     error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
-    most, _ = max(results)
-    ks = sorted({most, *(2 ** i for i in range(most.bit_length()))})
-    chances = {k: statistics.fmean(pass_at_k(n, passed, k) for n, passed in results if n >= k)
-               for k in ks}
+    fewest, _ = min(counts)
+    ks = sorted({fewest, *(2 ** i for i in range(fewest.bit_length()))})
+    chances = {k: statistics.fmean(pass_at_k(n, passed, k) for n, passed in counts) for k in ks}
     voted = [majority(samples) for samples in problems.values() if samples[0]["kind"] != "code"]
-    tokens = [row["num_tokens"] for row in rows
-              if isinstance(row.get("num_tokens"), int) and row["num_tokens"] < 1 << 53]
+    tokens = list(filter(None, map(num_tokens, rows)))
     reasons = collections.Counter(
         re.sub(rf" on test \d+$|(?<={GRADER_ERROR}): .*", "", row["reason"]) for row in rows)
     return {
@@ -2711,13 +2718,31 @@ def score(model, source, rows):
         "source": source,
         "problems": len(problems),
         "samples": len(rows),
-        "accuracy": statistics.fmean(means),
+        "accuracy": accuracy,
         "standard_error": error,
+        "interval": interval(accuracy, len(means)),
         "pass_at_k": chances,
         "majority": statistics.fmean(voted) if voted else None,
-        "n": most,
+        "n": fewest,
         "mean_tokens": statistics.fmean(tokens) if tokens else None,
         "reasons": dict(reasons.most_common())}
+
+
+def interval(share, n):
+    """Where the true share lies, with 95 % confidence, if n answers had this one (Wilson's
+    interval): 0 of 20 says 0 to 16 %. Its upper end is what the lower leaves of the other share."""
+    z_squared = 1.96 ** 2
+
+    def low(share):
+        half = math.sqrt(z_squared * (share * (1 - share) * n + z_squared / 4))
+        return (share * n + z_squared / 2 - half) / (n + z_squared)
+    return low(share), 1 - low(1 - share)
+
+
+def num_tokens(row):
+    """The length of its response, or None where no sensible number is given."""
+    number = row.get("num_tokens")
+    return number if isinstance(number, int) and 0 < number < 1e15 else None
 
 
 def pass_at_k(n, passed, k):
@@ -2734,54 +2759,204 @@ def majority(samples):
 
 
 # Accuracies as published (novasky-ai.github.io/posts/sky-t1; MATH500 after the prompt's repair, and
-# OlympiadBench's English maths: README of github.com/NovaSky-AI/SkyThought), by the names of
-# data.EVALUATIONS.
+# OlympiadBench's English maths: README of github.com/NovaSky-AI/SkyThought). By the names of
+# data.EVALUATIONS: the number of problems, and the accuracy of each of MODELS.
 MODELS = ("Sky-T1-32B-Preview", "Qwen2.5-32B-Instruct", "QwQ-32B-Preview", "o1-preview")
 PUBLISHED = {
-    "math500": (86.4, 81.4, 92.2, 81.4),
-    "aime24": (43.3, 16.7, 50.0, 40.0),
-    "livecodebench_easy": (86.3, 84.6, 90.7, 92.9),
-    "livecodebench_medium": (56.8, 40.8, 56.3, 54.9),
-    "livecodebench_hard": (17.9, 9.8, 17.1, 16.3),
-    "gpqa_diamond": (56.8, 45.5, 52.5, 75.2),
-    "olympiadbench": (59.79, 46.74, 62.17, 59.2),
+    "math500": (500, 0.864, 0.814, 0.922, 0.814),
+    "aime24": (30, 0.433, 0.167, 0.5, 0.4),
+    "livecodebench_easy": (182, 0.863, 0.846, 0.907, 0.929),
+    "livecodebench_medium": (206, 0.568, 0.408, 0.563, 0.549),
+    "livecodebench_hard": (123, 0.179, 0.098, 0.171, 0.163),
+    "gpqa_diamond": (198, 0.568, 0.455, 0.525, 0.752),
+    "olympiadbench": (674, 0.5979, 0.4674, 0.6217, 0.592),
 }
 
 
-def published(rows):
-    """The published accuracies of the rows' sources, a line each. Their standard error is that of
-    one answer to each of as many problems as a row has: 9 points for AIME's 30."""
-    problems = {row["source"]: row["problems"] for row in rows}
-    for source in sorted(PUBLISHED.keys() & problems.keys()):
-        beside = [f"{name} {score} ± {math.sqrt(score * (100 - score) / problems[source]):.1f}"
-                  for name, score in zip(MODELS, PUBLISHED[source], strict=True)]
-        yield f"{source} as published: {', '.join(beside)}"
+def with_published(scores):
+    """The scores, and then those published for their sources, of which less is known."""
+    yield from scores
+    for source in sorted(PUBLISHED.keys() & {figures["source"] for figures in scores}):
+        problems, *accuracies = PUBLISHED[source]
+        for model, accuracy in zip(MODELS, accuracies):
+            yield {
+                "model": f"{model}, published",
+                "source": source,
+                "problems": problems,
+                "accuracy": accuracy,
+                "interval": interval(accuracy, problems)}
 
 
-def table(rows):
-    """The rows as text, the models' names where there are several, and the reasons of all."""
-    def percent(value, before=""):
-        return "" if value is None else f"{before}{100 * value:.1f}"
-    lines = [["model", "source", "problems", "samples", "accuracy", "pass@k", "majority", "tokens"]]
-    reasons = sum((collections.Counter(row["reasons"]) for row in rows if row["source"] != "all"),
-                  collections.Counter())
-    for row in rows:
-        tokens = "-" if row["mean_tokens"] is None else f"{row['mean_tokens']:.0f}"
+def table(scores):
+    """The scores and those published for their sources as text, the models' names where there are
+    several, and remarks."""
+    def percent(share):
+        return "-" if share is None else f"{100 * share:.1f}"
+    heads = "model,source,problems,samples,accuracy ± stderr,95 % interval,pass@k,majority,tokens"
+    lines = [heads.split(",")]
+    for figures in with_published(scores):
+        error, tokens = figures.get("standard_error"), figures.get("mean_tokens")
+        chances = figures.get("pass_at_k", {})
         lines.append([
-            row["model"] or "-",
-            row["source"] or "-",
-            f"{row['problems']}",
-            f"{row['samples']}",
-            percent(row["accuracy"]) + percent(row["standard_error"], " ± "),
-            ", ".join(percent(p, f"{k}: ") for k, p in row["pass_at_k"].items()),
-            f"{percent(row['majority']) or '-'} @{row['n']}",
-            tokens])
-    if len({row["model"] for row in rows}) == 1:
+            f"{figures['model'] or '-'}",
+            f"{figures['source'] or '-'}",
+            f"{figures['problems']}",
+            f"{figures.get('samples', '-')}",
+            percent(figures["accuracy"]) + (f" ± {percent(error)}" if error else ""),
+            " to ".join(map(percent, figures["interval"])),
+            ", ".join(f"{k}: {percent(chance)}" for k, chance in chances.items()) or "-",
+            percent(figures.get("majority")),
+            f"{tokens:.0f}" if tokens else "-"])
+    if len({model for model, *_ in lines}) == 2:  # the head and one name
         lines = [line[1:] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-    counts = "; ".join(f"{reason} {count}" for reason, count in reasons.most_common())
-    return "\n".join([*text, *published(rows), "", counts])
+    return "\n".join([*text, "", *remarks(scores)])
+
+
+def remarks(scores):
+    """The reasons of the verdicts, and what limits a score."""
+    for figures in scores:
+        name = f"{figures['model'] or '-'} {figures['source'] or '-'}"
+        reasons, problems = figures["reasons"], figures["problems"]
+        yield f"{name}: {', '.join(f'{reason} {n}' for reason, n in reasons.items())}"
+        whole, *_ = PUBLISHED.get(figures["source"], [0])
+        if problems < whole:
+            yield f"{name}: you ran {problems} of {whole} problems"
+        cut = reasons.get("truncated", 0) / figures["samples"]
+        if cut > 0.1:
+            yield (f"{name}: {cut:.0%} of the answers were cut, which counts as wrong: the score "
+                   "means little, sample with more --max_new_tokens")
+
+
+# ---------------------------------------------------------------------------------------------
+# Samples: the report, a page to look at
+
+MAX_SHOWN = 2000                # samples
+MAX_TEXT = 30_000               # characters shown of a text's start, and of its end
+VERDICTS = "wrong", "right"     # by `passed`
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
+<style>
+:root { color-scheme: light dark; --right: #2a9d8f; --wrong: #d1495b; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: auto; padding: 0 1rem 4rem; }
+h1, h2, .score, summary, details pre { overflow-wrap: anywhere; }
+h2 { margin-top: 3rem; }
+h3 { font-size: 0.875rem; margin: 0.75rem 0 0; }
+pre { font-size: 0.8125rem; overflow-x: auto; margin: 0; padding: 0.5rem; background: #8882; }
+svg { display: block; width: 100%; height: 1rem; background: #8883; }
+line { stroke: CanvasText; stroke-width: 2px; vector-effect: non-scaling-stroke; }
+.score[title$=", published"] .right { fill: #888; }
+.lengths { height: 6rem; margin: 7rem 0 1rem; overflow: visible;
+           background: repeating-linear-gradient(90deg, #8888 0 1px, #0000 1px 25%); }
+.lengths .right { transform: scaleY(-1); }
+.right { fill: var(--right); border-color: var(--right); }
+.wrong { fill: var(--wrong); border-color: var(--wrong); }
+label { margin-right: 1rem; }
+summary { cursor: pointer; }
+summary * { margin-right: 0.75rem; }
+details { border-left: 4px solid; margin: 0.5rem 0; padding-left: 0.75rem; }
+details.wrong { border-left-style: dotted; }
+details.right b::before { content: "✓ "; }
+details.wrong b::before { content: "✗ "; }
+details pre { white-space: pre-wrap; }
+pre:empty::before { content: "(empty)"; }
+.thought:has(+ pre:empty), .thought + pre:empty { display: none; }
+.thought:has(+ pre:empty) + pre + h3::after { content: " (the whole response)"; }
+body:has(#only-right:checked) details.wrong { display: none; }
+body:has(#only-wrong:checked) details.right { display: none; }
+</style>
+"""
+SUMMARY = """<title>{name}</title>
+<h1>{name}</h1>
+<pre>{table}</pre>
+<h2>Accuracy and its 95 % interval</h2>
+"""
+SCORE = """<p class="score" title="{model}"><bdi>{source} {model}</bdi> <b>{accuracy:.1%}</b>
+({interval[0]:.1%} to {interval[1]:.1%})
+<svg viewBox="0 0 1 1" preserveAspectRatio="none">
+<rect class="right" width="{accuracy}" height="1"/>
+<line x1="{interval[0]}" x2="{interval[1]}" y1=".5" y2=".5"/></svg></p>
+"""
+HISTOGRAM = """<h2>Lengths: {} {}</h2>
+<p>Right responses above the line, wrong ones below it, by their tokens (characters where these are
+not known), from 0 to {end:,} with a mark at each quarter. The longest bar is {most:,} of them.</p>
+<svg class="lengths" viewBox="0 0 40 {most}" preserveAspectRatio="none"><line x2="40"/>
+"""
+BAR = """<rect class="{verdict}" x="{place}" width=".9" height="{count}">
+<title>{count:,} {verdict}, from {start:,}</title></rect>
+"""
+SAMPLES = """<h2>Samples</h2>
+<p>{:,} of {:,} (a random choice where that is not all):
+<input type="radio" name="show" id="all" checked> <label for="all">all</label>
+<input type="radio" name="show" id="only-right"> <label for="only-right">right ones</label>
+<input type="radio" name="show" id="only-wrong"> <label for="only-wrong">wrong ones</label></p>
+"""
+SAMPLE = """<details class="{verdict}">
+<summary><b>{verdict}</b> <bdi>{source}</bdi> <bdi>{id}</bdi> <bdi>{model}</bdi>
+<bdi>{reason}</bdi></summary>
+<h3>question</h3><pre>{prompt}</pre>
+<h3 class="thought">thought</h3><pre>{thought}</pre>
+<h3>solution</h3><pre>{solution}</pre>
+<h3>extracted</h3><pre>{extracted}</pre>
+<h3>gold</h3><pre>{gold}</pre>
+</details>
+"""
+
+
+class Escaping(string.Formatter):
+    """Fills a template in: every text is escaped, and loses its middle where it is very long."""
+
+    def format_field(self, value, how):
+        text = format(value, how)
+        if (more := len(text) - 2 * MAX_TEXT) > 0:
+            text = f"{text[:MAX_TEXT]}\n[{more:,} characters left out]\n{text[-MAX_TEXT:]}"
+        return html.escape(text)
+
+
+fill = Escaping().format
+
+
+def report(verified, rows, scores):
+    """The page in pieces: the summary, a bar for each score, how long responses are, and samples,
+    of very many a random choice. `rows` are those of read_back(verified)."""
+    yield PAGE
+    yield fill(SUMMARY, name=verified, table=table(scores))
+    for figures in sorted(with_published(scores), key=operator.itemgetter("source")):
+        yield fill(SCORE, **figures)
+    for group in groups(rows):
+        yield from histogram(*group)
+    shown = random.Random(0).sample(rows, min(MAX_SHOWN, len(rows)))
+    yield fill(SAMPLES, len(shown), len(rows))
+    for line in lines_at(verified, (row["start"] for row in shown)):
+        yield sample_html(json.loads(line))
+
+
+def histogram(model, source, rows):
+    """The numbers of right and of wrong responses by their lengths."""
+    lengths = [num_tokens(row) or row["length"] for row in rows]
+    step = max(lengths) // 40 + 1
+    counts = collections.Counter(
+        (length // step, row["passed"]) for length, row in zip(lengths, rows))
+    yield fill(HISTOGRAM, source, model, end=40 * step, most=max(counts.values()))
+    for (place, passed), count in counts.items():
+        yield fill(BAR, verdict=VERDICTS[passed], place=place, start=place * step, count=count)
+    yield "</svg>"
+
+
+def sample_html(row):
+    """A sample: its verdict, and all texts under it."""
+    *thoughts, solution = re.split(END_OF_THOUGHT, row["response"])
+    return fill(SAMPLE, **dict.fromkeys(["model", "source", "id", "prompt"], "") | row | {
+        "verdict": VERDICTS[row["passed"]],
+        "thought": "\n".join(thoughts),
+        "solution": solution,
+        "extracted": row["extracted"] or "nothing",
+        "gold": row["tests" if row["kind"] == "code" else "answer"]})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2938,17 +3113,19 @@ def verified(place, row, options):
 
 
 def read_back(verified):
-    """The verified rows, of their long texts only what `keep` takes of the response: its length,
-    its hash and where in the file its row starts."""
+    """The verified rows, in place of their long texts the length and the hash of the response, and
+    where in the file the row starts."""
+    fields = "model source kind passed extracted reason num_tokens".split()
     rows, start = [], 0
     with open(verified, "rb") as file:
         for line in file:
             row = json.loads(line)
             text = row["response"]
-            short = {"id": row.get("id", row.get("prompt")),
-                     "response": (len(text), hash(text), start)}
-            rows.append(short | {name: row.get(name) for name in (
-                "model", "source", "kind", "passed", "extracted", "reason", "num_tokens")})
+            rows.append({name: row.get(name) for name in fields} | {
+                "id": row.get("id", row.get("prompt")),
+                "length": len(text),
+                "hash": hash(text),
+                "start": start})
             start += len(line)
     return rows
 
@@ -2960,19 +3137,24 @@ def keep(verified, rows, path, per_problem):
     problems = collections.defaultdict(dict)
     passing = [row for row in rows if row["passed"]]
     for row in passing:
-        length, text, start = row["response"]
-        problems[problem_key(row)].setdefault(text, (length, start))
+        problems[problem_key(row)].setdefault(row["hash"], (row["length"], row["start"]))
     chosen = [start for samples in problems.values()
               for _, start in sorted(samples.values())[:per_problem]]
-    with open(verified, "rb") as file, open(f"{path}.part", "wb") as out:
-        for start in sorted(chosen):
-            file.seek(start)
-            out.write(file.readline())
+    with open(f"{path}.part", "wb") as out:
+        out.writelines(lines_at(verified, chosen))
         out.flush()
         os.fsync(out.fileno())
     os.replace(out.name, path)
     different = sum(map(len, problems.values()))
     return len(chosen), len(passing) - different, different - len(chosen)
+
+
+def lines_at(name, starts):
+    """The lines of a file that start there, in its order."""
+    with open(name, "rb") as file:
+        for start in sorted(starts):
+            file.seek(start)
+            yield file.readline()
 
 
 def parse_arguments():
@@ -2983,6 +3165,7 @@ def parse_arguments():
     add("--out", "the samples with passed, extracted and reason, in their order; what the file "
         "holds already is not verified again", required=True, type="path")
     add("--keep", "the samples that passed, for train.py", type="path")
+    add("--report", "a page to look at: scores, lengths, samples to unfold", type="path")
     add("--per_problem", "keep at most so many of each problem, the shortest (all)", type="count")
     add("--timeout", "CPU seconds of a program's test", type="positive", default=10.0)
     add("--memory", "bytes of address space of a program", type="count", default=DEFAULT_MEMORY)
@@ -2998,11 +3181,10 @@ def main():
     args = parse_arguments()
     sys.set_int_max_str_digits(0)
     for name in args.samples:
-        if not os.path.isfile(name):
-            raise BadInput(f"{name}: no such file")
-    paths = [*args.samples, args.out] + [args.keep] * bool(args.keep)
+        os.stat(name)
+    paths = [*args.samples, *filter(None, [args.out, args.keep, args.report])]
     if len({os.path.realpath(path) for path in paths}) < len(paths):
-        raise BadInput("samples, --out and --keep must be different files")
+        raise BadInput("samples, --out, --keep and --report must be different files")
     for path in paths:
         if os.path.isdir(path):
             raise BadInput(f"{path} is a folder: name a file")
@@ -3032,23 +3214,27 @@ def main():
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
 
-    # 4. keep and print
+    # 4. keep, print, show
     rows = read_back(args.out)
+    figures = scores(rows)
     counts = keep(args.out, rows, args.keep, args.per_problem) if args.keep else [None]
     errors = [f"{row['source']} {row['id']}: {row['reason']}" for row in rows
               if row["reason"].startswith(GRADER_ERROR)]
     if args.json:
         print(json.dumps({
-            "rows": scores(rows),
+            "rows": figures,
             "kept": counts[0],
             "grader_errors": errors}))
-        return
-    print(table(scores(rows)))
-    if errors:
-        print(f"{len(errors)} samples have no verdict, the grader failed:", *errors[:20],
-              sep="\n  ")
-    if args.keep:
-        print("kept {}, dropped {} duplicates and {} beyond --per_problem".format(*counts))
+    else:
+        print(table(figures))
+        if errors:
+            print(f"{len(errors)} samples have no verdict, the grader failed:", *errors[:20],
+                  sep="\n  ")
+        if args.keep:
+            print("kept {}, dropped {} duplicates and {} beyond --per_problem".format(*counts))
+    if args.report:
+        with open(args.report, "w", encoding="utf-8", errors="xmlcharrefreplace") as page:
+            page.writelines(report(args.out, rows, figures))
 
 
 if __name__ == "__main__":

@@ -27,5 +27,5 @@ def test_the_miniature_runs_from_base_to_table(tmp_path):
         assert {(row["model"], row["sample"]) for row in verdicts} == {
             (f"out/{model}", n) for model in ("base", "teacher", "student") for n in range(4)}
         assert len(verdicts) == 3 * 12 * 4
-    tables = re.findall(r"^out/(\w+) +all .* ± ", printed, re.M)
+    tables = re.findall(r"^out/(\w+) +all .* to ", printed, re.M)
     assert tables == ["base", "student", "teacher"] * 2

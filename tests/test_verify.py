@@ -683,6 +683,71 @@ def test_the_table_names_models_where_there_are_several():
         ["n", "other", "1", "1"], ["n", "toy", "1", "1"], ["n", "all", "2", "2"]]
 
 
+def scored(passed, n, source="toy", reason="wrong answer", repeat=1):
+    """The scores of n problems, of which so many passed, each with as many answers of one kind."""
+    return verify.scores([
+        {"model": "m", "source": source, "kind": "math", "id": number, "passed": number < passed,
+         "extracted": "1", "reason": "correct" if number < passed else reason}
+        for number in range(n) for _ in range(repeat)])
+
+
+@pytest.mark.parametrize("passed, n", [(0, 20), (20, 20), (1, 1), (0, 1), (3, 20), (433, 500)])
+def test_the_interval_is_wilsons(passed, n):
+    """By its definition: the shares from which the observed one is 1.96 standard errors away."""
+    interval = scored(passed, n)[0]["interval"]
+    assert 0 <= interval[0] <= passed / n <= interval[1] <= 1
+    for end in interval:
+        if 0 < end < 1:
+            assert math.isclose(abs(end - passed / n), 1.96 * math.sqrt(end * (1 - end) / n),
+                                rel_tol=1e-3)
+    assert (interval[0] == 0) == (passed == 0) and (interval[1] == 1) == (passed == n)
+
+
+def test_several_answers_to_a_problem_make_no_more_problems():
+    assert scored(6, 20, repeat=8)[0]["interval"] == scored(6, 20)[0]["interval"]
+
+
+def test_pass_at_k_is_of_all_problems():
+    """Where some have fewer answers than others, for no more than the fewest."""
+    rows = [{"source": "toy", "kind": "math", "id": number % 3, "passed": number == 1,
+             "extracted": "1", "reason": ""} for number in range(10)]
+    assert list(verify.scores(rows[:9])[0]["pass_at_k"]) == [1, 2, 3]
+    assert list(verify.scores(rows)[0]["pass_at_k"]) == [1, 2, 3]
+    assert list(verify.scores(rows[:7])[0]["pass_at_k"]) == [1, 2]
+    assert verify.scores(rows[:7])[0]["pass_at_k"][2] == pytest.approx(1 / 3)
+
+
+def test_the_summary_says_no_more_than_it_knows():
+    def line(passed):
+        return re.split("  +", verify.table(scored(passed, 20)).splitlines()[1])[:5]
+    assert line(0) == ["toy", "20", "20", "0.0", "0.0 to 16.1"]
+    assert line(3) == ["toy", "20", "20", "15.0 ± 8.2", "5.2 to 36.0"]
+    assert "cut" not in verify.table(scored(18, 20, reason="truncated"))
+    cut = verify.table(scored(13, 20, reason="truncated"))
+    assert "35% of the answers were cut" in cut and "the score means little" in cut
+    assert "correct 13, truncated 7" in cut
+
+
+def test_published_scores_stand_beside_with_their_own_interval():
+    few = [re.split("  +", line) for line in verify.table(scored(10, 20, "math500")).splitlines()]
+    assert few[1][:4] == ["m", "math500", "20", "20"]
+    assert few[2][:6] == ["Sky-T1-32B-Preview, published", "math500", "500", "-", "86.4",
+                          "83.1 to 89.1"]
+    assert few[-1] == ["m math500: you ran 20 of 500 problems"]
+    whole = verify.table(scored(15, 30, "aime24"))
+    assert "27.3 to 60.8" in whole and "you ran" not in whole
+    assert "published" not in verify.table(scored(1, 2, "gsm8k"))
+
+
+@pytest.mark.parametrize("source", verify.PUBLISHED.keys() - {"gpqa_diamond"})
+def test_published_accuracies_are_whole_numbers_of_their_problems(source):
+    """So the numbers of problems are right; GPQA's accuracies are means of several runs."""
+    problems, *accuracies = verify.PUBLISHED[source]
+    for accuracy in accuracies:
+        rounded = 0.00005 if source == "olympiadbench" else 0.0005
+        assert abs(accuracy * problems - round(accuracy * problems)) <= rounded * problems
+
+
 def test_a_verdict_ends_with_its_processes():
     """Nothing is left behind when the verifier is killed: a worker and its sandbox."""
     code = ("import time, verify\n"

@@ -2730,13 +2730,12 @@ def score(model, source, rows):
 
 def interval(share, n):
     """Where the true share lies, with 95 % confidence, if n answers had this one (Wilson's
-    interval): 0 of 20 says 0 to 16 %. Its upper end is what the lower leaves of the other share."""
+    interval): 0 of 20 says 0 to 16 %."""
     z_squared = 1.96 ** 2
-
-    def low(share):
-        half = math.sqrt(z_squared * (share * (1 - share) * n + z_squared / 4))
-        return (share * n + z_squared / 2 - half) / (n + z_squared)
-    return low(share), 1 - low(1 - share)
+    scale = n + z_squared
+    middle = (share * n + z_squared / 2) / scale
+    half = math.sqrt(z_squared * (share * (1 - share) * n + z_squared / 4)) / scale
+    return middle - half, min(1, middle + half)
 
 
 def num_tokens(row):
@@ -2818,11 +2817,11 @@ def remarks(scores):
     """The reasons of the verdicts, and what limits a score."""
     for figures in scores:
         name = f"{figures['model'] or '-'} {figures['source'] or '-'}"
-        reasons, problems = figures["reasons"], figures["problems"]
+        reasons = figures["reasons"]
         yield f"{name}: {', '.join(f'{reason} {n}' for reason, n in reasons.items())}"
         whole, *_ = PUBLISHED.get(figures["source"], [0])
-        if problems < whole:
-            yield f"{name}: you ran {problems} of {whole} problems"
+        if figures["problems"] < whole:
+            yield f"{name}: you ran {figures['problems']} of {whole} problems"
         cut = reasons.get("truncated", 0) / figures["samples"]
         if cut > 0.1:
             yield (f"{name}: {cut:.0%} of the answers were cut, which counts as wrong: the score "
@@ -3132,19 +3131,15 @@ def read_back(verified):
 
 def keep(verified, rows, path, per_problem):
     """Write the passing rows, at most per_problem of each problem, the shortest first: long
-    answers to easy questions are not rewarded. Exact duplicates are dropped. The file appears
-    when it is complete. Returns the counts (kept, duplicates, beyond per_problem)."""
+    answers to easy questions are not rewarded. Exact duplicates are dropped. Returns the counts
+    (kept, duplicates, beyond per_problem)."""
     problems = collections.defaultdict(dict)
     passing = [row for row in rows if row["passed"]]
     for row in passing:
         problems[problem_key(row)].setdefault(row["hash"], (row["length"], row["start"]))
     chosen = [start for samples in problems.values()
               for _, start in sorted(samples.values())[:per_problem]]
-    with open(f"{path}.part", "wb") as out:
-        out.writelines(lines_at(verified, chosen))
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(out.name, path)
+    write_whole(path, lines_at(verified, chosen))
     different = sum(map(len, problems.values()))
     return len(chosen), len(passing) - different, different - len(chosen)
 
@@ -3155,6 +3150,15 @@ def lines_at(name, starts):
         for start in sorted(starts):
             file.seek(start)
             yield file.readline()
+
+
+def write_whole(path, pieces):
+    """Write a file that appears, in place of an older one, when it is complete."""
+    with open(f"{path}.part", "wb") as file:
+        file.writelines(pieces)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
 
 
 def parse_arguments():
@@ -3233,8 +3237,8 @@ def main():
         if args.keep:
             print("kept {}, dropped {} duplicates and {} beyond --per_problem".format(*counts))
     if args.report:
-        with open(args.report, "w", encoding="utf-8", errors="xmlcharrefreplace") as page:
-            page.writelines(report(args.out, rows, figures))
+        write_whole(args.report, (piece.encode("utf-8", "xmlcharrefreplace")
+                                  for piece in report(args.out, rows, figures)))
 
 
 if __name__ == "__main__":

@@ -1138,10 +1138,9 @@ def rewriting_jobs(samples):
 
 
 def difficulty_jobs(problems):
-    """One of each problem, also where the file holds several samples of it."""
-    for key, problem in {(row["source"], row["id"]): row for row in problems}.items():
+    for problem in problems:
         yield Job([{"role": "user", "content": DIFFICULTY_PROMPT + problem["prompt"]}],
-                  bare(problem) | {"sample": 0}, key)
+                  bare(problem) | {"sample": 0}, (problem["source"], problem["id"]))
 
 
 def sampled(job, text, reason, tokens, name):
@@ -1206,8 +1205,10 @@ def read_samples(path):
 
 
 def chosen_problems(args):
-    """--problems within --limit and the difficulties asked for, and a line that says which."""
-    problems = list(data.read_problems(args.problems, split=args.split, where=args.where))
+    """--problems within --limit and the difficulties asked for, and a line that says which. Of
+    several samples of a problem, as in a file of verify.py, it is one."""
+    rows = data.read_problems(args.problems, split=args.split, where=args.where)
+    problems = list({(row["source"], row["id"]): row for row in rows}.values())
     chosen, total = problems, f"{len(problems):,} problems"
     if args.min_difficulty is not None or args.max_difficulty is not None:
         low, high = args.min_difficulty or 0, args.max_difficulty or 10

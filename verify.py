@@ -94,6 +94,7 @@ DECIMAL = re.compile(
     rb"[+-]?(?:[0-9]++\.[0-9]*+|\.[0-9]++|[0-9]++(?=[eE]))(?:[eE][+-]?[0-9]++)?")
 SIGNED = re.compile(rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?")
 GRADER_ERROR = "grader error"
+SLACK = 5  # seconds on the clock that a test has beyond three times its CPU time
 GONE = 73  # exit code of a judge whose program has ended before it
 WORKER_MEMORY = 2 << 30
 DEFAULT_MEMORY = 1 << 31
@@ -2133,7 +2134,7 @@ def wait_for(pids, timeout):
     the kernel ends what has used up its CPU time, this function what sleeps. With the last of them,
     which is the judge if there is one, all end."""
     handle = os.pidfd_open(pids[-1])
-    ended, _, _ = select.select([handle], [], [], 3 * timeout + 5)
+    ended, _, _ = select.select([handle], [], [], 3 * timeout + SLACK)
     os.close(handle)
     codes = []
     for pid in pids:

@@ -1,11 +1,13 @@
 """What several test files need: a small random model, a folder of it, scripts run as a user runs
 them."""
 import json
+import multiprocessing.connection
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,102 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 from model import Qwen2, Qwen2Config, init_weights  # noqa: E402
 
 
+# ------------------------------------------------------------------------------ tests on all cores
+
+def pytest_addoption(parser):
+    parser.addoption("--processes", type=int, default=os.cpu_count() + 1,
+                     help="tests at a time (default: one more than cores, as many of them wait)")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers",
                             "slow: takes more than some seconds (left out by -m 'not slow')")
+
+
+def pytest_runtestloop(session):
+    """In place of pytest's loop: --processes forks of this process take the next test each, and
+    tell it what to report."""
+    config, option = session.config, session.config.option
+    count = min(option.processes, len(session.items))
+    if count < 2 or option.collectonly or option.usepdb or session.testsfailed:
+        return None  # pytest's own
+    taken, running = multiprocessing.Value("i", 0), {}
+    for _ in range(count):
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        if os.fork() == 0:
+            run_tests(session, taken, theirs)
+        theirs.close()
+        running[ours] = "no test"
+    while running:
+        for connection in multiprocessing.connection.wait(running):
+            try:
+                hook, fields = connection.recv()
+            except EOFError:
+                where = running.pop(connection)
+                if where != "the end":
+                    raise RuntimeError(f"a process of the tests died in {where}") from None
+                continue
+            running[connection] = fields.get("nodeid", "the end")
+            if hook == "pytest_runtest_logreport":
+                fields = {"report": config.hook.pytest_report_from_serializable(
+                    config=config, data=fields)}
+            if hook == "pytest_warning_recorded":
+                config.hook.pytest_warning_recorded.call_historic(kwargs=fields)
+            elif hook:
+                getattr(config.hook, hook)(**fields)
+        if session.shouldfail:  # -x: those under way are the last
+            taken.value = len(session.items)
+    if session.shouldfail:
+        raise session.Failed(session.shouldfail)
+    return True
+
+
+class Reports:
+    """What a fork tells the process that it comes from, in place of printing it."""
+
+    def __init__(self, config, connection):
+        self.config = config
+        self.tell = connection.send
+
+    def pytest_runtest_logstart(self, nodeid, location):
+        self.tell(("pytest_runtest_logstart", {"nodeid": nodeid, "location": location}))
+
+    def pytest_runtest_logreport(self, report):
+        report = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        self.tell(("pytest_runtest_logreport", report))
+
+    def pytest_runtest_logfinish(self, nodeid, location):
+        self.tell(("pytest_runtest_logfinish", {"nodeid": nodeid, "location": location}))
+
+    def pytest_warning_recorded(self, warning_message, when, nodeid, location):
+        message = warnings.WarningMessage(str(warning_message.message), warning_message.category,
+                                          warning_message.filename, warning_message.lineno)
+        self.tell(("pytest_warning_recorded", {"warning_message": message, "when": when,
+                                               "nodeid": nodeid, "location": location}))
+
+
+def run_tests(session, taken, connection):
+    """A fork's whole life. What tests of a module share is torn down before one of another."""
+    def take():
+        with taken.get_lock():
+            taken.value += 1
+            return taken.value - 1
+    try:
+        manager, tests = session.config.pluginmanager, session.items
+        capture = manager.getplugin("capturemanager")
+        capture.stop_global_capturing()  # into files that all forks would write to
+        capture.start_global_capturing()
+        manager.unregister(name="terminalreporter")
+        manager.register(Reports(session.config, connection))
+        torch.set_num_threads(1)
+        while (i := take()) < len(tests):
+            session._setupstate.teardown_exact(tests[i])
+            following = tests[i + 1] if i + 1 < len(tests) else None
+            session.config.hook.pytest_runtest_protocol(item=tests[i], nextitem=following)
+        connection.send((None, {}))
+    finally:
+        session._setupstate.teardown_exact(None)
+        os._exit(0)
 
 
 SHAPES = {  # what the published sizes differ in, in small
@@ -78,6 +173,29 @@ def rows_file(tmp_path):
             for n in range(1, 41)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def in_process(capsys, monkeypatch):
+    """A script in this process: in_process(module, *args) -> (exit status, stdout, stderr)."""
+    import torch.distributed as dist
+    from data import one_line_errors
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def call(module, *args):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
+        status = 0
+        try:
+            one_line_errors(module.main)
+        except SystemExit as end:
+            status = end.code
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            for number, handler in handlers:
+                signal.signal(number, handler)
+        return status, *capsys.readouterr()
+    return call
 
 
 def start_script(*args, processes=0, env=None):

@@ -1,4 +1,4 @@
-"""tests/bench_gpu.py in small: what it says of a GPU, it says of this CPU."""
+"""The manual of bench_gpu.py, in small: what it says of a GPU, it says of this CPU."""
 import json
 import shutil
 import subprocess
@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile on a CPU needs a C++ compiler")
 def test_the_part_on_correctness_passes_on_this_cpu_too(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "tests" / "bench_gpu.py", "--device", "cpu",

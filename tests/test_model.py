@@ -1,5 +1,5 @@
-"""Each layer of model.py against an independent float64 computation, the whole against transformers
-where it is installed."""
+"""The manual of model.py, in its order: each layer against an independent float64 computation, the
+whole against transformers where it is installed."""
 import json
 import math
 

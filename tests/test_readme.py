@@ -1,4 +1,4 @@
-"""README says what is there, and its commands do what it says."""
+"""The manual of README: it says what is there, and its commands do what it says."""
 import http.server
 import json
 import re
@@ -6,29 +6,58 @@ import shutil
 import threading
 
 import pytest
+
 from conftest import ROOT, code_blocks, run_commands, run_script
+import data
+import sample
+import train
+import verify
 
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_file_table_names_every_file_with_its_length():
-    table = {name: int(lines)
-             for name, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)}
-    files = {path.name: path.read_text().count("\n") for path in ROOT.glob("*.py")}
-    assert table.keys() == files.keys()
-    assert all(abs(table[name] / files[name] - 1) < 0.02 for name in files), files
+def test_the_tour_names_every_file_with_its_length_and_what_is_in_it():
+    tour = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+ \|.*)", README, re.M))
+    files = {path.name: path.read_text() for path in ROOT.glob("*.py")}
+    assert tour.keys() == files.keys()
+    for name, text in files.items():
+        lines, *columns = tour[name].split("|")
+        assert abs(int(lines) / text.count("\n") - 1) < 0.02, name
+        read_first = re.findall(r"`(\w+)", "".join(columns))
+        assert len(read_first) >= 6
+        assert {there for there in read_first
+                if not re.search(rf"^(class|def) {there}\b", text, re.M)} == set(), name
 
 
-def test_every_flag_that_readme_names_exists():
-    scripts = ("data.py", "train.py", "sample.py", "verify.py")
-    known = "".join(run_script(ROOT / name, "-h").stdout for name in scripts)
+def test_every_flag_that_readme_names_exists(in_process):
+    known = "".join(in_process(module, "-h")[1] for module in (data, train, sample, verify))
     torchrun = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
-    named = set(re.findall(r"--[a-z_]+", README)) - torchrun
+    others = {"--extra-index-url"}
+    named = set(re.findall(r"--[a-z_-]*[a-z]", README)) - torchrun - others
     assert named and {flag for flag in named if not re.search(rf"{flag}\b", known)} == set()
 
 
-def test_readme_is_short_and_filled_in():
-    assert README.count("\n") < 215 and not re.search(r"@\w+@", README)
+def test_every_file_and_benchmark_that_readme_names_exists():
+    for name in re.findall(r"`(?:python )?(tests/\w+\.\w+|bench_\w+\.py)", README):
+        assert (ROOT / "tests" / name.removeprefix("tests/")).is_file(), name
+    for name, part in re.findall(r"`(bench_\w+\.py) (\w+)", README):
+        assert f'"{part}"' in (ROOT / "tests" / name).read_text()
+    table = README.partition("| `--problems` |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", table)) == set(data.EVALUATIONS)
+
+
+def test_the_picture_shows_the_figures_of_the_table():
+    bars = [float(bar) for bar in re.search(r"^    bar \[(.*)\]", README, re.M)[1].split(",")]
+    labels = re.findall(r'"([^"]+)"', re.search(r"^    x-axis \[(.*)\]", README, re.M)[1])
+    table = README.partition("## The whole recipe")[2]
+    for label, bar in zip(labels, bars, strict=True):
+        assert f"\n| {label} | {bar:.1f} |" in table
+
+
+def test_readme_has_lines_that_fit_a_page_and_nothing_left_to_fill_in():
+    for line in README.splitlines():
+        assert len(line) <= (160 if line.startswith("|") else 100), line
+    assert not re.search(r"@\w*@|\?\?|TODO", README)
 
 
 class Rewriter(http.server.BaseHTTPRequestHandler):
@@ -102,15 +131,16 @@ def test_the_commands_at_full_size_and_for_a_model_of_your_own_run_in_small(rewr
     write_rows(tmp_path / "lesson.jsonl", *sums, *programs)
     run_script(ROOT / "train.py", "--data", tmp_path / "lesson.jsonl", "--system", "qwq",
                "--max_steps", 80, "--cache", tmp_path / "cache", "--out", tmp_path / "teacher")
-    for name in ("QwQ-32B-Preview", "Qwen2.5-32B-Instruct", "Qwen2.5-0.5B-Instruct"):
-        shutil.copytree(tmp_path / "teacher", tmp_path / "Qwen" / name)
+    for name in ("Qwen/QwQ-32B-Preview", "Qwen/Qwen2.5-32B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct",
+                 "out/tiny-1"):
+        shutil.copytree(tmp_path / "teacher", tmp_path / name)
     script = (code_blocks(README, "At full size")[0]
-              + code_blocks(README, "A model and rows of your own")[1])
+              + "".join(code_blocks(README, "Your own model and rows")[1:]))
     for large, small in (("https://api.openai.com/v1", rewriter), ("_node=8", "_node=2"),
                          ("_parallel 8", "_parallel 2"), ("_tokens 1024", "_tokens 256")):
         assert large in script
         script = script.replace(large, small)
-    assert script.count("python ") == 10 and script.count("torchrun ") == 2
+    assert script.count("python ") == 13 and script.count("torchrun ") == 3
     printed = run_commands(script, tmp_path)
     def rows_in(name):
         return [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
@@ -128,5 +158,5 @@ def test_the_commands_at_full_size_and_for_a_model_of_your_own_run_in_small(rewr
     for part in ("GiB a GPU, at its peak", "its targets green"):
         assert part in printed
     assert re.search(r"^gsm8k +2 +2 ", printed, re.M)  # the table of scores
-    for folder in ("sky", "mine"):
+    for folder in ("probe", "sky", "ten", "mine"):
         assert (tmp_path / "out" / folder / "model.safetensors").exists()

@@ -1,5 +1,5 @@
-"""verify.py --report: the page that people look at, parsed, and fed with text that means to be more
-than text."""
+"""The manual of verify.py --report: the page that people look at, parsed, and fed with text that
+means to be more than text."""
 import html.parser
 import json
 import random

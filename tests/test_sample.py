@@ -1,5 +1,5 @@
-"""sample.py: the cache and the engine against the plain forward pass, sampling against plain
-definitions, and runs that are killed, resumed and shared out."""
+"""The manual of sample.py: the cache and the engine against the plain forward pass, sampling
+against plain definitions, runs that are killed, resumed and shared out, servers, the chat."""
 import http.server
 import io
 import itertools
@@ -327,6 +327,21 @@ def test_a_model_is_asked_with_no_other_system_prompt_than_its_template_has(
         f"system\n{data.SYSTEM_PROMPTS['qwq']}<|im_end|>\n"]
 
 
+def test_what_failed_in_a_file_of_verdicts_is_asked_again_once_a_problem(
+        model_dir, tmp_path, monkeypatch, capsys):
+    rows = [{"id": str(i), "source": "toy", "kind": "math", "prompt": f"{i}+0=?", "answer": str(i),
+             "sample": n, "response": "0", "passed": i in right, "reason": "r"}
+            for n, right in enumerate([(0, 1), (0, 2), (0,)]) for i in range(4)]
+    (tmp_path / "verified.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call(monkeypatch, "--model", model_dir, "--problems", tmp_path / "verified.jsonl", "--where",
+         "passed=false", "--n", 2, "--max_new_tokens", 2, "--out", tmp_path / "again.jsonl")
+    assert "verified.jsonl: 3 of 3 problems" in capsys.readouterr().out
+    again = rows_of(tmp_path / "again.jsonl")
+    assert [(row["id"], row["sample"]) for row in again] == [
+        (name, n) for name in "231" for n in range(2)]
+    assert all("passed" not in row and row["response"] != "0" for row in again)
+
+
 @pytest.mark.parametrize("flags, n, temperature", [
     (["builtin:heldout"], 1, 0.0), (["builtin:harder:9", "--n", "4"], 4, 0.7),
     (["builtin:train"], 1, 0.7), (["aime24"], 8, 0.7), (["math500", "--temperature", "1"], 1, 1.0)])
@@ -445,10 +460,11 @@ def test_one_prompt_is_answered_on_standard_output(model_dir):
                                          (["--temp", "1"], "unrecognized arguments: --temp 1"),
                                          (["--system", ""], "argument --system: an empty text"),
                                          (["--out=~nobody_x/o"], "no such home folder")])
-def test_bad_input_is_one_line(model_dir, problems, tmp_path, flags, word):
-    done = run_script(*arguments(model_dir, problems, tmp_path / "out.jsonl"), *flags, check=False)
-    assert done.returncode == 2 and word in done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+def test_bad_input_is_one_line(in_process, model_dir, problems, tmp_path, flags, word):
+    _, *asks = arguments(model_dir, problems, tmp_path / "out.jsonl")
+    status, _, errors = in_process(sample, *asks, *flags)
+    assert status == 2 and word in errors
+    assert errors.startswith("error: ") and errors.count("\n") == 1
 
 
 def sample_file(path, seed=0):
@@ -815,7 +831,7 @@ def test_ctrl_c_waits_for_what_is_under_way_and_a_second_one_ends_at_once(serve,
             time.sleep(0.01)
         time.sleep(0.1)
         handler.say("7")
-    exits = []
+    exits, before = [], signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(os, "_exit", exits.append)
     for presses in (1, 2):
         server, rows = serve(answer), []
@@ -825,7 +841,7 @@ def test_ctrl_c_waits_for_what_is_under_way_and_a_second_one_ends_at_once(serve,
         assert len(rows) == len(server.asked) == 4
         assert "waiting for 4 answers; Ctrl-C again" in capfd.readouterr().err
         assert exits == [130] * (presses - 1)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 WHOLE = json.dumps({"choices": [{"message": {"content": "7"}, "finish_reason": "stop"}]}, indent=1)

@@ -1,5 +1,5 @@
-"""train.py: the numbers of a run, what survives a kill, what is refused. Runs are in this process
-where one will do."""
+"""The manual of train.py: the numbers of a run, what survives a kill, what is refused. Runs are in
+this process where one will do."""
 import contextlib
 import json
 import math
@@ -18,7 +18,6 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 import data
@@ -34,25 +33,9 @@ BASE = ["--max_seq_len", 256, "--batch_size", 8, "--learning_rate", 1e-3, "--dty
 
 
 @pytest.fixture
-def run(tmp_path, capsys, monkeypatch):
-    """train.py in this process, on one rank: run(*args) -> (exit status, stdout, stderr)."""
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv",
-                            ["train.py", *map(str, args), "--cache", str(tmp_path / "cache")])
-        status = 0
-        try:
-            data.one_line_errors(train.main)
-        except SystemExit as end:
-            status = end.code
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            for number, handler in handlers:
-                signal.signal(number, handler)
-        return status, *capsys.readouterr()
-    return call
+def run(in_process, tmp_path):
+    """train.py in this process: run(*args) -> (exit status, stdout, stderr)."""
+    return lambda *args: in_process(train, *args, "--cache", tmp_path / "cache")
 
 
 def metrics(folder):

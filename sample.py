@@ -1206,9 +1206,14 @@ def read_samples(path):
 
 def chosen_problems(args):
     """--problems within --limit and the difficulties asked for, and a line that says which. Of
-    several samples of a problem, as in a file of verify.py, it is one."""
-    rows = data.read_problems(args.problems, split=args.split, where=args.where)
-    problems = list({(row["source"], row["id"]): row for row in rows}.values())
+    several samples of a problem, as in a file of verify.py, the first counts."""
+    problem_of = {}
+    for row in data.read_problems(args.problems, split=args.split, where=args.where):
+        first = problem_of.setdefault((row["source"], row["id"]), row)
+        if row["prompt"] != first["prompt"]:
+            raise ValueError(f"{', '.join(args.problems)}: `id` {row['id']!r} of source "
+                             f"{row['source']!r} is that of two questions: rename one of them")
+    problems = list(problem_of.values())
     chosen, total = problems, f"{len(problems):,} problems"
     if args.min_difficulty is not None or args.max_difficulty is not None:
         low, high = args.min_difficulty or 0, args.max_difficulty or 10

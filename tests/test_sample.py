@@ -340,6 +340,10 @@ def test_what_failed_in_a_file_of_verdicts_is_asked_again_once_a_problem(
     assert [(row["id"], row["sample"]) for row in again] == [
         (name, n) for name in "231" for n in range(2)]
     assert all("passed" not in row and row["response"] != "0" for row in again)
+    rows[-1]["prompt"] = "another question"
+    (tmp_path / "verified.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="`id` '3' of source 'toy' is that of two questions"):
+        call(monkeypatch, "--model", model_dir, "--problems", tmp_path / "verified.jsonl")
 
 
 @pytest.mark.parametrize("flags, n, temperature", [

@@ -1,6 +1,5 @@
 """The manual of train.py --plan: what it promises against what runs need, and what it refuses."""
 import json
-import sys
 import types
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from conftest import ROOT, run_script, small_config  # first: it makes the scripts importable
 import data
@@ -38,7 +38,7 @@ def peak_of(events):
     """The most bytes that PyTorch's allocator had given out at a time."""
     live, total, peak = {}, 0, 0
     for _, size, address in sorted(allocations(events)):
-        total -= abs(live.pop(address, 0))  # freed, or freed unseen by a thread of gloo
+        total -= live.pop(address, 0)  # 0 for what an earlier test left to be freed now
         if size > 0:
             live[address], total = size, total + size
         peak = max(peak, total)
@@ -80,6 +80,15 @@ def alone():
     dist.destroy_process_group()
 
 
+@pytest.fixture
+def one_of():
+    """one_of(n) makes this process rank 0 of n that are not there: PyTorch's fake backend has every
+    buffer of a collective and sends nothing. (Under gloo, threads free tensors that the profiler
+    does not see freed, so that a peak measured among real ranks is too high by chance.)"""
+    yield lambda n: dist.init_process_group("fake", rank=0, world_size=n, store=FakeStore())
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("name, dtype, recompute, T", [
     ("wide", "bfloat16", "block", 256), ("deep", "bfloat16", "none", 256),
     ("tied", "float32", "tiled", 256),
@@ -100,18 +109,17 @@ def test_tiles_of_the_mlp_and_long_rows_are_estimated_too(alone, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_estimate_is_near_the_measured_peak_of_each_of_two_ranks():
-    """Sharded through a batch, and whole through it. What gloo's threads free goes unseen, so that
-    a repetition may measure too much, never too little."""
-    cases = [("wide", "bfloat16", "none", True), ("deep", "bfloat16", "block", True),
-             ("tied", "float32", "none", True), ("deep", "float32", "none", False),
-             ("tied", "bfloat16", "block", False)]
-    cases = [case for case in cases if case[1] == "float32" or data.cpu_multiplies_bf16()]
-    done = run_script(__file__, json.dumps(cases), processes=2)
-    results = [json.loads(line) for line in done.stdout.splitlines() if line[0] == "["]
-    assert len(results) == len(cases)
-    for measured, estimated in results:
-        assert abs(estimated / measured - 1) < 0.1
+@pytest.mark.parametrize("ranks", [2, 8])
+@pytest.mark.parametrize("name, dtype, recompute, reshard", [
+    ("wide", "bfloat16", "none", True), ("deep", "bfloat16", "block", True),
+    ("tied", "float32", "none", True), ("deep", "float32", "none", False),
+    ("tied", "bfloat16", "block", False)])
+def test_the_estimate_is_near_the_measured_peak_of_one_of_several_ranks(
+        one_of, ranks, name, dtype, recompute, reshard):
+    """Sharded through a batch, and whole through it."""
+    one_of(ranks)
+    measured, estimated = measured_and_estimated(name, dtype, recompute, reshard, T=256)
+    assert abs(estimated / measured - 1) < 0.05
 
 
 # ---------------------------------------------------------------------------------------- the plan
@@ -283,11 +291,3 @@ def test_the_packed_rows_of_a_plan_are_those_of_the_run(plan, model_dir, rows_fi
     steps = [json.loads(line)["micro_steps"]
              for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert status == 0 and f"; {np.mean(steps):.2f} packed rows a GPU and step" in printed
-
-
-if __name__ == "__main__":  # a rank of the test above
-    train.start_processes(False)
-    for case in json.loads(sys.argv[1]):
-        repeats = [measured_and_estimated(*case, T=256) for _ in range(2)]
-        if dist.get_rank() == 0:
-            print(json.dumps(min(repeats)), flush=True)

@@ -1015,6 +1015,7 @@ def test_two_runs_share_a_cache_and_one_of_them_tokenises(tmp_path):
     assert len(list(cache.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_takes_over_from_one_that_is_killed(tmp_path):
     path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
     path.write_bytes(lines(answer("one")))
@@ -1740,7 +1741,8 @@ def test_the_command_ends_quietly_when_nobody_reads_on(redirection, tmp_path):
     assert done.returncode == 0 and "rror" not in done.stderr
 
 
-@pytest.mark.parametrize("failing", ["01", "0", "1"])
+@pytest.mark.parametrize("failing", ["1", *(pytest.param(ranks, marks=pytest.mark.slow)
+                                            for ranks in ("0", "01"))])
 def test_several_processes_tell_one_error(failing, tmp_path):
     """Whichever has one, alone or with others, which wait for it or work meanwhile."""
     script = tmp_path / "script.py"

@@ -546,6 +546,7 @@ print("done")
     assert done.returncode == 0 and done.stdout.count("done") == 2, done.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_write_is_missed_at_the_barrier(tmp_path):
     done = run_sharded(tmp_path, """
 model = sharded(small_model(vocab_size=271))

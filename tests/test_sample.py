@@ -275,14 +275,18 @@ def problems(tmp_path):
     return path
 
 
+def small_flags(model_dir, problems, out):
+    return ["--model", model_dir, "--problems", problems, "--out", out, "--n", "3",
+            "--max_new_tokens", "24", "--max_slots", "4", "--system", "none"]
+
+
 def arguments(model_dir, problems, out):
-    return [ROOT / "sample.py", "--model", model_dir, "--problems", problems, "--out", out,
-            "--n", "3", "--max_new_tokens", "24", "--max_slots", "4", "--system", "none"]
+    return [ROOT / "sample.py", *small_flags(model_dir, problems, out)]
 
 
-def test_samples_hold_the_problem_and_what_was_answered(model_dir, problems, tmp_path):
+def test_samples_hold_the_problem_and_what_was_answered(in_process, model_dir, problems, tmp_path):
     out = tmp_path / "samples.jsonl"
-    run_script(*arguments(model_dir, problems, out))
+    assert in_process(sample, *small_flags(model_dir, problems, out))[0] == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["id"], row["sample"]) for row in rows] == [
         (str(i), n) for i in range(12) for n in range(3)]
@@ -393,9 +397,9 @@ def test_what_a_server_broke_off_is_asked_again(tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_file_and_other_settings_are_refused(
-        model_dir, problems, tmp_path):
+        in_process, model_dir, problems, tmp_path):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    run_script(*arguments(model_dir, problems, whole))
+    assert in_process(sample, *small_flags(model_dir, problems, whole))[0] == 0
     command = [sys.executable, *map(str, arguments(model_dir, problems, out))]
     for _ in range(2):
         before = out.stat().st_size if out.exists() else 0
@@ -408,18 +412,18 @@ def test_a_killed_run_resumes_to_the_same_file_and_other_settings_are_refused(
         process.wait()
     with open(out, "a") as file:
         file.write('{"torn')
-    run_script(*arguments(model_dir, problems, out))
-    assert out.read_bytes() == whole.read_bytes()
-    run_script(*arguments(model_dir, problems, out), "--limit", "2")
-    assert out.read_bytes() == whole.read_bytes()  # fewer problems lose no sample
-    done = run_script(*arguments(model_dir, problems, out), "--seed", "1", check=False)
-    assert done.returncode == 2 and "seed" in done.stderr and done.stderr.count("\n") == 1
+    same = small_flags(model_dir, problems, out)
+    for more in ([], ["--limit", "2"]):  # fewer problems lose no sample
+        assert in_process(sample, *same, *more)[0] == 0
+        assert out.read_bytes() == whole.read_bytes()
+    status, _, errors = in_process(sample, *same, "--seed", "1")
+    assert status == 2 and "seed" in errors and errors.count("\n") == 1
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_two_processes_give_the_samples_of_one(model_dir, problems, tmp_path):
+def test_two_processes_give_the_samples_of_one(in_process, model_dir, problems, tmp_path):
     one, two, split = (tmp_path / f"{name}.jsonl" for name in ("one", "two", "split"))
-    run_script(*arguments(model_dir, problems, one))
+    assert in_process(sample, *small_flags(model_dir, problems, one))[0] == 0
     run_script(*arguments(model_dir, problems, two), processes=2)
     assert two.read_bytes() == one.read_bytes()
     run_script(*arguments(model_dir, problems, split), "--tensor_parallel", "2", processes=2)
@@ -446,12 +450,18 @@ def test_the_others_of_a_killed_process_end_with_one_line(model_dir, problems, t
     assert "sample.py\", line" not in errors
 
 
-def test_one_prompt_is_answered_on_standard_output(model_dir):
-    asks = [ROOT / "sample.py", "--model", model_dir, "--prompt", "1+1", "--temperature", "0",
-            "--max_new_tokens", "8"]
-    answer = run_script(*asks).stdout
+def test_one_prompt_is_answered_on_standard_output(in_process, model_dir):
+    asks = ["--model", model_dir, "--prompt", "1+1", "--temperature", "0", "--max_new_tokens", "8"]
+    answer = in_process(sample, *asks)[1]
     assert answer.endswith("\n") and len(answer) > 1
-    assert run_script(*asks, "--tensor_parallel", 2, processes=2).stdout == answer
+
+
+@pytest.mark.slow
+def test_two_processes_answer_one_prompt_as_one_does_and_hold_no_chat(in_process, model_dir):
+    asks = ["--model", model_dir, "--prompt", "1+1", "--temperature", "0", "--max_new_tokens", "8"]
+    answer = in_process(sample, *asks)[1]
+    split = run_script(ROOT / "sample.py", *asks, "--tensor_parallel", 2, processes=2)
+    assert split.stdout == answer
     refused = run_script(ROOT / "sample.py", "--model", model_dir, processes=2, check=False)
     assert "error: a chat is one process" in refused.stderr
 

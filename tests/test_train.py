@@ -162,7 +162,8 @@ def transformers_loop(model_dir, rows):
                       rows), lambda ids: model(ids[None]).logits[0]
 
 
-@pytest.mark.parametrize("loop", [float64_loop, transformers_loop])
+@pytest.mark.parametrize("loop", [float64_loop,
+                                  pytest.param(transformers_loop, marks=pytest.mark.slow)])
 def test_four_steps_on_real_rows_equal_a_plain_loop_on_one_and_two_processes(loop, model_dir,
                                                                              real_rows, tmp_path):
     tokenizer = data.load_tokenizer(model_dir)
@@ -322,7 +323,8 @@ def test_bfloat16_follows_float32(run, rows_file, model_dir, tmp_path):
     assert {t.dtype for t in weights(tmp_path / "float32").values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
 def test_one_two_and_three_processes_shard_or_replicate_to_the_same_run(tied, rows_file, tmp_path):
     small_model(tie_word_embeddings=tied).save_pretrained(tmp_path / "m")
     data.builtin_tokenizer().save(tmp_path / "m")
@@ -337,6 +339,7 @@ def test_one_two_and_three_processes_shard_or_replicate_to_the_same_run(tied, ro
             assert torch.allclose(tensor, weights(tmp_path / "one")[key], atol=1e-4), (name, key)
 
 
+@pytest.mark.slow
 def test_each_rank_reads_a_head_that_config_json_denies(run, rows_file, tmp_path):
     say_tied(small_model(tie_word_embeddings=False), tmp_path / "claims")
     small_model(tie_word_embeddings=False).save_pretrained(tmp_path / "honest")
@@ -351,6 +354,7 @@ def test_each_rank_reads_a_head_that_config_json_denies(run, rows_file, tmp_path
     assert weights(tmp_path / "two").keys() == weights(tmp_path / "one").keys()
 
 
+@pytest.mark.slow
 def test_two_launchers_are_two_nodes(run, model_dir, rows_file, tmp_path):
     """Each with one process, the model replicated across them."""
     arguments = ["--model", model_dir, "--data", rows_file, *BASE, "--cache", tmp_path / "cache"]
@@ -661,7 +665,7 @@ def test_a_worker_whose_torchrun_dies_as_it_starts_it_ends_too(tmp_path):
     assert end_within(5, workers)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_others_of_a_killed_process_end_with_one_line(victim, model_dir, rows_file, tmp_path):
     process = start_script(ROOT / "train.py", *resumable(model_dir, rows_file, tmp_path / "out",
                                                          tmp_path), "--max_steps", 10_000,
@@ -719,8 +723,9 @@ def test_what_a_run_killed_as_it_began_leaves_is_an_empty_folder(run, model_dir,
     assert run("--model", model_dir, "--data", rows_file, "--out", tmp_path / "out", *BASE)[0] == 0
 
 
-@pytest.mark.parametrize("out, statuses, there", [(["--out", "out/x"], [0, 2], ["x"]),
-                                                  ([], [0, 0], ["model-1", "model-2"])])
+@pytest.mark.parametrize("out, statuses, there", [
+    (["--out", "out/x"], [0, 2], ["x"]),
+    pytest.param([], [0, 0], ["model-1", "model-2"], marks=pytest.mark.slow)])
 def test_of_two_first_runs_at_once_each_has_a_folder_of_its_own(
         out, statuses, there, model_dir, rows_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -853,7 +858,8 @@ def test_a_broken_checkpoint_is_refused_with_the_reason(run, model_dir, rows_fil
     assert newest.exists()
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(model_dir, rows_file, tmp_path):
+def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(run, model_dir, rows_file,
+                                                                   tmp_path):
     """A limit on file sizes stands in for a full disk: it fails in the same write. Two processes,
     both exit with 2."""
     arguments = resumable(model_dir, rows_file, tmp_path / "out", tmp_path)
@@ -875,7 +881,7 @@ train.data.run(train.main, "")
     assert "step-000004" in done.stderr and "then --resume" in done.stderr
     folder = tmp_path / "out" / "checkpoints"
     assert [p.name for p in train.checkpoints(folder)] == ["step-000002"]
-    run_script(ROOT / "train.py", *arguments, "--resume", processes=2)
+    assert run(*arguments, "--resume")[0] == 0
     assert (tmp_path / "out" / "run.json").exists()
 
 
@@ -974,7 +980,8 @@ def test_an_existing_run_is_refused_without_resume(run, model_dir, rows_file, tm
     assert status == 2 and "holds another run" in errors and "--resume" in errors
 
 
-@pytest.mark.parametrize("name", ["truncated weights", "broken row", "positions"])
+@pytest.mark.parametrize("name", ["broken row", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("truncated weights", "positions"))])
 def test_bad_input_ends_every_rank_with_status_2(model_dir, rows_file, tmp_path, name):
     arguments, says = bad_inputs(model_dir, rows_file, tmp_path)[name]
     start = time.monotonic()

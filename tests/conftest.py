@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -96,27 +97,37 @@ class Reports:
 
 
 def run_tests(session, taken, connection):
-    """A fork's whole life. What tests of a module share is torn down before one of another."""
-    def take():
-        with taken.get_lock():
-            taken.value += 1
-            return taken.value - 1
+    """A fork's whole life. What tests of a module share is torn down before one of another; the end
+    is told only when all of it is, so that a fault there is no success."""
     try:
-        manager, tests = session.config.pluginmanager, session.items
-        capture = manager.getplugin("capturemanager")
-        capture.stop_global_capturing()  # into files that all forks would write to
-        capture.start_global_capturing()
-        manager.unregister(name="terminalreporter")
-        manager.register(Reports(session.config, connection))
-        torch.set_num_threads(1)
-        while (i := take()) < len(tests):
-            session._setupstate.teardown_exact(tests[i])
-            following = tests[i + 1] if i + 1 < len(tests) else None
-            session.config.hook.pytest_runtest_protocol(item=tests[i], nextitem=following)
+        try:
+            take_tests(session, taken, connection)
+        finally:
+            session._setupstate.teardown_exact(None)
         connection.send((None, {}))
+    except BaseException:
+        connection.send((None, {"nodeid": traceback.format_exc()}))  # where it died
     finally:
-        session._setupstate.teardown_exact(None)
         os._exit(0)
+
+
+def take_tests(session, taken, connection):
+    manager, tests = session.config.pluginmanager, session.items
+    capture = manager.getplugin("capturemanager")
+    capture.stop_global_capturing()  # into files that all forks would write to
+    capture.start_global_capturing()
+    manager.unregister(name="terminalreporter")
+    manager.register(Reports(session.config, connection))
+    torch.set_num_threads(1)
+    while True:
+        with taken.get_lock():
+            i = taken.value
+            taken.value += 1
+        if i >= len(tests):
+            return
+        session._setupstate.teardown_exact(tests[i])
+        following = tests[i + 1] if i + 1 < len(tests) else None
+        session.config.hook.pytest_runtest_protocol(item=tests[i], nextitem=following)
 
 
 SHAPES = {  # what the published sizes differ in, in small

@@ -56,6 +56,32 @@ def test_a_process_that_dies_is_no_success(tmp_path):
     assert status == 3 and re.search("a process of the tests died in .*test_dies", printed)
 
 
+def test_a_shared_fixture_that_fails_at_its_end_is_no_success(tmp_path):
+    """Also in a process whose last test is not the last of all."""
+    shared = """
+import time
+from pathlib import Path
+import pytest
+
+BEGUN = Path(__file__).with_name("begun")
+
+@pytest.fixture(scope="module")
+def shared():
+    yield
+    raise ValueError("at the very end")
+
+def test_first(shared):
+    while not BEGUN.exists():
+        time.sleep(0.01)
+
+def test_last():
+    BEGUN.touch()
+"""
+    status, printed = outcome(tmp_path, shared, "--processes", "2")
+    assert status == 3 and "a process of the tests died in" in printed
+    assert "ValueError: at the very end" in printed
+
+
 def test_the_first_failure_ends_the_run_if_asked(tmp_path):
     many = TESTS + "\n@pytest.mark.parametrize('n', range(500))\ndef test_more(n):\n    pass\n"
     status, printed = outcome(tmp_path, many, "--processes", "2", "-x")

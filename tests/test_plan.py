@@ -38,7 +38,7 @@ def peak_of(events):
     """The most bytes that PyTorch's allocator had given out at a time."""
     live, total, peak = {}, 0, 0
     for _, size, address in sorted(allocations(events)):
-        total -= live.pop(address, 0)  # 0 for what an earlier test left to be freed now
+        total -= live.pop(address, 0)  # 0 if new, or left by an earlier test
         if size > 0:
             live[address], total = size, total + size
         peak = max(peak, total)

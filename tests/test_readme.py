@@ -31,9 +31,9 @@ def test_the_tour_names_every_file_with_its_length_and_what_is_in_it():
 
 def test_every_flag_that_readme_names_exists(in_process):
     known = "".join(in_process(module, "-h")[1] for module in (data, train, sample, verify))
-    torchrun = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
-    others = {"--extra-index-url"}
-    named = set(re.findall(r"--[a-z_-]*[a-z]", README)) - torchrun - others
+    others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint",  # torchrun's
+              "--extra-index-url"}  # pip's
+    named = set(re.findall(r"--[a-z_-]*[a-z]", README)) - others
     assert named and {flag for flag in named if not re.search(rf"{flag}\b", known)} == set()
 
 

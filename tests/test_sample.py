@@ -450,19 +450,21 @@ def test_the_others_of_a_killed_process_end_with_one_line(model_dir, problems, t
     assert "sample.py\", line" not in errors
 
 
+ONE_PROMPT = ["--prompt", "1+1", "--temperature", "0", "--max_new_tokens", "8"]
+
+
 def test_one_prompt_is_answered_on_standard_output(in_process, model_dir):
-    asks = ["--model", model_dir, "--prompt", "1+1", "--temperature", "0", "--max_new_tokens", "8"]
-    answer = in_process(sample, *asks)[1]
+    answer = in_process(sample, "--model", model_dir, *ONE_PROMPT)[1]
     assert answer.endswith("\n") and len(answer) > 1
 
 
 @pytest.mark.slow
 def test_two_processes_answer_one_prompt_as_one_does_and_hold_no_chat(in_process, model_dir):
-    asks = ["--model", model_dir, "--prompt", "1+1", "--temperature", "0", "--max_new_tokens", "8"]
-    answer = in_process(sample, *asks)[1]
-    split = run_script(ROOT / "sample.py", *asks, "--tensor_parallel", 2, processes=2)
+    chat = ["--model", model_dir]
+    answer = in_process(sample, *chat, *ONE_PROMPT)[1]
+    split = run_script(ROOT / "sample.py", *chat, *ONE_PROMPT, "--tensor_parallel", 2, processes=2)
     assert split.stdout == answer
-    refused = run_script(ROOT / "sample.py", "--model", model_dir, processes=2, check=False)
+    refused = run_script(ROOT / "sample.py", *chat, processes=2, check=False)
     assert "error: a chat is one process" in refused.stderr
 
 
@@ -475,7 +477,7 @@ def test_two_processes_answer_one_prompt_as_one_does_and_hold_no_chat(in_process
                                          (["--system", ""], "argument --system: an empty text"),
                                          (["--out=~nobody_x/o"], "no such home folder")])
 def test_bad_input_is_one_line(in_process, model_dir, problems, tmp_path, flags, word):
-    _, *asks = arguments(model_dir, problems, tmp_path / "out.jsonl")
+    asks = small_flags(model_dir, problems, tmp_path / "out.jsonl")
     status, _, errors = in_process(sample, *asks, *flags)
     assert status == 2 and word in errors
     assert errors.startswith("error: ") and errors.count("\n") == 1

@@ -29,7 +29,7 @@ from attacks import ATTACKS, HONEST, MEMORY, SUM, THREADS, WRONG, fill, stdin
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are run on Linux only")
 
 TIMEOUT, MEMORY_LIMIT = 1.0, 1 << 30
-WALL_LIMIT = 3 * TIMEOUT + verify.SLACK + 4  # a test's cap and what a busy machine may add to it
+WALL_LIMIT = 3 * TIMEOUT + verify.SLACK + 30  # a test's cap and what a busy machine may add to it
 GOOD, BAD = "print(sum(map(int, input().split())))", "def add(a, b):\n    return a + b + 1"
 HARMLESS = ("a signal that only asks whether one may", "a fork", "a new file", "a TCP connection",
             "memory of the parent read", "a confinement that is not there")

@@ -37,7 +37,7 @@ def outcome(folder, text, *flags):
     (folder / "test_some.py").write_text(text)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", *flags,
-         folder / "test_some.py"], capture_output=True, text=True, cwd=ROOT / "tests", timeout=120)
+         folder / "test_some.py"], capture_output=True, text=True, cwd=ROOT / "tests", timeout=240)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -191,7 +191,7 @@ def test_a_killed_run_at_a_real_server_resumes_with_nothing_lost_and_nothing_twi
     process = subprocess.Popen([sys.executable, *map(str, run)], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not (out.exists() and out.stat().st_size):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.001)

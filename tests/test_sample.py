@@ -404,7 +404,7 @@ def test_a_killed_run_resumes_to_the_same_file_and_other_settings_are_refused(
     for _ in range(2):
         before = out.stat().st_size if out.exists() else 0
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not (out.exists() and out.stat().st_size > before) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.001)
@@ -444,7 +444,7 @@ def test_the_others_of_a_killed_process_end_with_one_line(model_dir, problems, t
         assert process.poll() is None
         time.sleep(0.01)
     os.kill(descendants(process.pid)[-1], signal.SIGKILL)
-    errors = process.communicate(timeout=30)[1]
+    errors = process.communicate(timeout=240)[1]
     assert re.findall("^error: .*", errors, re.M) == [
         "error: another process died, or torchrun was stopped: the same command goes on"], errors
     assert "sample.py\", line" not in errors
@@ -948,7 +948,7 @@ def test_one_answer_comes_in_pieces_as_they_are_said(serve):
         handler.send_response(200)
         handler.end_headers()
         handler.wfile.write(said.encode())
-        assert heard.wait(1)
+        assert heard.wait(60)
         handler.wfile.write((mark + rest).encode())
     heard, pieces = threading.Event(), []
     for piece in endpoint(serve(answer).url).stream(jobs(1)[0].messages):
@@ -1075,7 +1075,7 @@ def chat_in_a_terminal(args, *typed):
 
     def wait(prompts):
         nonlocal shown
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while shown.count(b"> ") < prompts:
             assert time.monotonic() < deadline, shown[-2000:]
             if select.select([terminal], [], [], 0.1)[0]:

@@ -109,6 +109,7 @@ FENCES = ["```\n", "```python\n", "```python\n[\n", "x ```", "~~~ `", "``` ~~~ "
 
 
 def test_what_finds_a_program_and_compares_outputs_takes_time_linear_in_its_length():
+    """Five seconds are many times what linear time takes, and a tenth of what quadratic takes."""
     texts = [head + part * (200_000 // len(part)) + "!" for part in FENCES
              for head in ("", "```\n", "```python\n", "```\nf(1)\n```\n")]
     texts.append("\n".join("`" * n for n in range(3, 630)))  # each fence longer than the last
@@ -123,7 +124,7 @@ def test_what_finds_a_program_and_compares_outputs_takes_time_linear_in_its_leng
     for function, *arguments in calls:
         start = time.process_time()
         function(*arguments)
-        assert time.process_time() - start < 1, (function, arguments[-1][:20])
+        assert time.process_time() - start < 5, (function, arguments[-1][:20])
 
 
 @linux
@@ -133,11 +134,10 @@ def test_what_finds_a_program_and_compares_outputs_takes_time_linear_in_its_leng
     "```python\nprint('9' * 10_000 + 'x')\n```"])
 def test_no_response_stalls_a_verdict(response):
     tests = [{"input": "", "output": "0.5"}]
-    start = time.monotonic()
     for verdict in (verify.verify_math(response, "7"), verify.verify_choice(response, "B"),
                     verify.verify_code(response, tests)):
         assert not verdict.passed and verify.GRADER_ERROR not in verdict.reason
-    assert time.monotonic() - start < 20
+        assert verdict.reason != "timeout"
 
 
 @linux
@@ -151,10 +151,9 @@ def test_a_sample_has_a_limit_of_time_on_the_clock_too(tmp_path, monkeypatch):
                     "verify.work(int(sys.argv[2]))\n")
     monkeypatch.setattr(verify, "__file__", str(file))
     verify.IDLE.clear()
-    start = time.monotonic()
     verdict = verify.run_program("import time; time.sleep(0.5)", [{"input": "", "output": ""}] * 50,
                                  timeout=0.2)
-    assert verdict == (False, "timeout", None) and time.monotonic() - start < 20
+    assert verdict == (False, "timeout", None)
     verify.IDLE.clear()
 
 
@@ -225,11 +224,11 @@ HOSTILE = [r"10^{10^{10^{10}}}", "9" * 100_000, "((((" * 20_000, r"\frac{" * 300
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
 def test_a_hostile_answer_gets_a_verdict_in_time(number):
     text = HOSTILE[number]
-    start = time.monotonic()
     assert verify.math_equal(text, "17.5") is False
     assert verify.math_equal(text, text) is True
-    assert verify.verify_math(text, r"\frac{1}{\sqrt{3}}").passed is False
-    assert time.monotonic() - start < 4 * verify.MATH_TIMEOUT
+    for response in (text, rf"\boxed{{{text}}}"):
+        verdict = verify.verify_math(response, r"\frac{1}{\sqrt{3}}")
+        assert verdict.reason in ("wrong answer", "no answer")
 
 
 WORKER = """import os, signal, sys, time
@@ -266,10 +265,8 @@ def test_no_sample_ends_or_stalls_the_others(hard):
     responses = [*HARD, r"\boxed{4}", r"\boxed{5}", *HARD, r"\boxed{4}"]
     rows = ((f"row {n}", sample(n, response)) for n, response in enumerate(responses))
     expected = {**HARD, r"\boxed{4}": "correct", r"\boxed{5}": "wrong answer"}
-    start = time.monotonic()
     reasons = [row["reason"] for row in verify.verified_rows(rows, 3, {})]
     assert reasons == [expected[response] for response in responses]
-    assert time.monotonic() - start < 60  # a worker whose sample sleeps would do so for a minute
 
 
 def test_samples_without_a_verdict_are_told_at_the_end(tmp_path):

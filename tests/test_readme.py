@@ -1,5 +1,6 @@
 """The manual of README: it says what is there, and its commands do what it says."""
 import http.server
+import inspect
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import pytest
 
 from conftest import ROOT, code_blocks, run_commands, run_script
 import data
+import model
 import sample
 import train
 import verify
@@ -27,6 +29,15 @@ def test_the_tour_names_every_file_with_its_length_and_what_is_in_it():
         assert len(read_first) >= 6
         assert {there for there in read_first
                 if not re.search(rf"^(class|def) {there}\b", text, re.M)} == set(), name
+
+
+def test_what_the_exercises_change_is_in_the_code():
+    opposite = {"True": "False", "False": "True"}
+    changes = re.findall(r": `([^`]*)(True|False)([^`]*)` in `(\w+)`", README)
+    assert len(changes) == 2
+    for before, value, after, function in changes:
+        code = inspect.getsource(getattr(data, function, None) or getattr(model, function))
+        assert before + opposite[value] + after in code, function
 
 
 def test_every_flag_that_readme_names_exists(in_process):

@@ -81,10 +81,12 @@ def all_parts(device):
     variants = variants if on_gpu else [("block", "none", "math"), ("tiled", "none", "math")]
     parts += [(f"training: {', '.join(variant)}", 90, False, training, variant)
               for variant in variants]
-    parts += [("training: profile", 90, False, profiled_training, ()),
+    parts += [("training: profile", 90, False, profiled_training, ("block",)),
               ("training: transformers", 90, False, transformers_training, ()),
               ("sampling: 1.5B", 90, False, sampling, ("1.5B",)),
-              ("sampling: 7B", 90, False, sampling, ("7B",))]
+              ("sampling: 7B", 90, False, sampling, ("7B",)),
+              ("sampling: 1.5B, compiled", 90, False, sampling, ("1.5B", True)),
+              ("training: profile, compiled", 90, False, profiled_training, ("block+compile",))]
     return parts
 
 
@@ -490,8 +492,8 @@ def training(device, folder, recompute, offload, attention):
         "within 10 %", abs(gib / planned - 1) < 0.1, gib=gib, estimate=estimate)
 
 
-def profiled_training(device, folder):
-    """Where the time of one step goes, blocks recomputed."""
+def profiled_training(device, folder, recompute):
+    """Where the time of one step goes."""
     import train
     profiler, write, seconds = profiler_of(device), train.Log.write, []
 
@@ -503,8 +505,9 @@ def profiled_training(device, folder):
             seconds.append(line["seconds"])
         return write(log, line)
     train.Log.write = profiling_write
-    run_train(device, folder, "block", "none", "flash" if device == "cuda" else "math")
-    where_time_goes("one step of block, flash", profiler, device, *seconds)
+    attention = "flash" if device == "cuda" else "math"
+    run_train(device, folder, recompute, "none", attention)
+    where_time_goes(f"one step of {recompute}, {attention}", profiler, device, *seconds)
 
 
 def profiler_of(device):
@@ -606,58 +609,67 @@ def copy_bandwidth(device):
     return 2 * x.numel() / min(times[2:])
 
 
-def sampling(device, folder, shape):
-    """Tokens a second of sample.py's engine and of transformers' generate, prompts of 128 tokens,
-    greedy, no stop token; the share of the bandwidth is of the decode steps alone: weights and the
-    cache that each reads, over the difference of a long and a short run."""
+def sampling(device, folder, shape, compiles=False):
+    """Tokens a second of sample.py's engine and of transformers' generate, greedy, no stop token;
+    the share of the bandwidth is of the decode steps alone: weights and the cache that each reads,
+    over the difference of a long and a short run. Compiled, one row alone."""
     import sample
     config = SHAPES[shape]
-    new, few = (160, 32) if device == "cuda" else (24, 8)
-    if device == "cpu":
+    on_gpu = device == "cuda"
+    new, few = (160, 32) if on_gpu else (24, 8)
+    if not on_gpu:
         config = replace(SHAPES["small"], num_hidden_layers=2,
                          tie_word_embeddings=config.tie_word_embeddings)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = sample.fuse(random_model(config, device, dtype).eval())
-    theirs = transformers_model(config, device, dtype)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    model = sample.fuse(random_model(config, device, dtype).eval(), compiles=compiles)
+    theirs = None if compiles else transformers_model(config, device, dtype)
     bandwidth = copy_bandwidth(device)
     weights = config.matmul_parameters * dtype.itemsize
     token_bytes = (2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
                    * dtype.itemsize)
-    for rows in (1, 16, 64) if device == "cuda" else (1, 4):
-        engine = sample.Engine(model, rows, 128 + new, sample.Sampling())
+    multiple = sample.LENGTH_STEP[device]
 
-        def run(count, seed):
-            prompts = prompts_of(rows, 128, seed, config.vocab_size)
-            return list(engine.run(sample.Request(prompt, i, count)
-                                   for i, prompt in enumerate(prompts)))
-        run(new, 0)  # graphs are captured
-        short = min(timed(run, few, seed)[0] for seed in (1, 2))
-        long = min(timed(run, new, seed)[0] for seed in (3, 4))
+    def run(engine, length, count, seed):
+        prompts = prompts_of(engine.num_slots, length, seed, config.vocab_size)
+        return list(engine.run(sample.Request(prompt, i, count)
+                               for i, prompt in enumerate(prompts)))
+    sizes = [(1, 128), (16, 128), (64, 128), (1, 8000)] if on_gpu else [(1, 128), (4, 128)]
+    for rows, length in sizes[:1] if compiles else sizes:  # prompts, their tokens
+        engine = sample.Engine(model, rows, length + new, sample.Sampling())
+        run(engine, length, new, 0)  # graphs are captured
+        short = min(timed(run, engine, length, few, seed)[0] for seed in (1, 2))
+        long = min(timed(run, engine, length, new, seed)[0] for seed in (3, 4))
         step = (long - short) / (new - few)
-        read = weights + rows * token_bytes * sample.LENGTH_STEP[device]
+        cells = min(-(-(length + new) // multiple) * multiple, engine.cells)  # that a step reads
+        read = weights + rows * token_bytes * cells
         share, rate = read / step / bandwidth, rows * new / long
-        if rows == 1:
-            with profiler_of(device) as profiler:
-                run(few, 1)
-            where_time_goes(f"{shape}, 1 row, {few} tokens", profiler, device, short)
-        goal = rows == 1 and device == "cuda"
-        row(f"{shape}, {rows} rows: decode step", f"{step * 1e3:.2f} ms, {share:.0%} of a copy's "
+        goal = on_gpu and (rows, length) == (1, 128)
+        what = f"{shape}, {rows} x {length:,} tokens{', compiled' * compiles}"
+        row(f"{what}: decode step", f"{step * 1e3:.2f} ms, {share:.0%} of a copy's "
             f"{bandwidth / 1e12:.2f} TB/s", "60 %" if goal else "", share >= 0.6 if goal else None,
             step=step, share=share, bandwidth=bandwidth, bytes=read)
-        if theirs is None:
-            row(f"{shape}, {rows} rows", f"{rate:,.0f} tokens/s", rate=rate)
+        if theirs is None or rows > 16 or length > 128:
+            row(what, f"{rate:,.0f} tokens/s", rate=rate)
             continue
-        prompts = torch.tensor(prompts_of(rows, 128, 5, config.vocab_size), device=device)
+        prompts = torch.tensor(prompts_of(rows, length, 5, config.vocab_size), device=device)
 
         def generate(count):
             theirs.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
                             max_new_tokens=count, pad_token_id=0, eos_token_id=None)
         generate(4)
         slow = rows * new / timed(generate, new)[0]
-        goal = rows == 16 and device == "cuda"
-        row(f"{shape}, {rows} rows", f"{rate:,.0f} tokens/s, transformers {slow:,.0f}: "
-            f"x {rate / slow:.2f}", "3" if goal else "", rate >= 3 * slow if goal else None,
-            rate=rate, transformers=slow)
+        goal = on_gpu and rows == 16
+        row(what, f"{rate:,.0f} tokens/s, transformers {slow:,.0f}: x {rate / slow:.2f}",
+            "3" if goal else "", rate >= 3 * slow if goal else None, rate=rate, transformers=slow)
+
+    # last, as a profiler that does not work here then costs no other row
+    engine = sample.Engine(model, 1, 128 + new, sample.Sampling())
+    run(engine, 128, few, 0)
+    short = timed(run, engine, 128, few, 1)[0]
+    with profiler_of(device) as profiler:
+        run(engine, 128, few, 2)
+    where_time_goes(f"{shape}, 1 row, {few} tokens{', compiled' * compiles}", profiler, device,
+                    short)
 
 
 def transformers_model(config, device, dtype):

@@ -1,5 +1,6 @@
 """The manual of train.py --plan: what it promises against what runs need, and what it refuses."""
 import json
+import re
 import types
 
 import numpy as np
@@ -265,6 +266,23 @@ def test_a_plan_has_dollars_where_a_price_is_known_or_given(plan, qwen_32b):
     for gpus in ("8xH100", "8xH200"):
         printed = plan(gpus, *qwen_32b, "--dollars_per_gpu_hour", 1.5)[1]
         assert "dollars at 1.5 an hour" in printed and "for dollars give" not in printed
+
+
+def test_a_plan_counts_with_the_mfu_of_the_flag_else_a_measured_else_an_assumed_one(plan, qwen_32b):
+    def mfu_and_source(gpus, *flags):
+        printed = plan(gpus, *qwen_32b, *flags)[1]
+        flop, hours = re.search(r"the run: ([\d.e+]+) FLOP, .* ([\d,.]+) GPU-hours", printed).groups()
+        counted = float(flop) / (float(hours.replace(",", "")) * 3600 * 989e12)
+        said, source = re.search(r"An MFU of (\d+)% (is assumed|was measured|is what)",
+                                 printed).groups()
+        assert counted == pytest.approx(int(said) / 100, rel=0.1)  # hours have few digits
+        return int(said), source
+    assert mfu_and_source("8xH200") == (40, "was measured")
+    assert mfu_and_source("8xH100") == (35, "is assumed")
+    assert mfu_and_source("8xH200", "--mfu", 0.5) == (50, "is what")
+    table = (ROOT / "tests" / "gpu_results.md").read_text()
+    measured = re.findall(r"\| training \| block, flash \| MFU ([\d.]+)%", table)[0]  # the newest
+    assert train.MEASURED_MFU["H200-141GB"] == pytest.approx(float(measured) / 100, abs=0.005)
 
 
 def test_times_come_in_units_that_suit_them():

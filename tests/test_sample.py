@@ -179,6 +179,16 @@ def test_stop_tokens_end_an_answer_and_are_not_in_it():
         assert answer == (long[:long.index(stop)] if stop in long else long)
 
 
+def test_steps_beyond_the_end_of_an_answer_as_on_cuda_change_nothing(monkeypatch):
+    model, prompts = small_model(), prompts_of(6, 11, 8, 60, 1, 130, 2)
+    options = dict(temperature=1.0, num_slots=3, stop_ids=range(0, 263, 20))
+    expected = generate(model, prompts, 50, **options)
+    assert len({len(answer) for answer in expected}) > 3  # they end at different steps
+    monkeypatch.setitem(sample.INTERVAL, "cpu", 16)
+    monkeypatch.setitem(sample.LENGTH_STEP, "cpu", 512)
+    assert generate(model, prompts, 50, **options) == expected
+
+
 def uniform(rows, seed=0):
     return torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 

@@ -271,8 +271,9 @@ def test_a_plan_has_dollars_where_a_price_is_known_or_given(plan, qwen_32b):
 def test_a_plan_counts_with_the_mfu_of_the_flag_else_a_measured_else_an_assumed_one(plan, qwen_32b):
     def mfu_and_source(gpus, *flags):
         printed = plan(gpus, *qwen_32b, *flags)[1]
-        flop, hours = re.search(r"the run: ([\d.e+]+) FLOP, .* ([\d,.]+) GPU-hours", printed).groups()
-        counted = float(flop) / (float(hours.replace(",", "")) * 3600 * 989e12)
+        run = re.search(r"the run: ([\d.e+]+) FLOP, .* ([\d,.]+) GPU-hours", printed)
+        flop, hours = (float(number.replace(",", "")) for number in run.groups())
+        counted = flop / (hours * 3600 * 989e12)
         said, source = re.search(r"An MFU of (\d+)% (is assumed|was measured|is what)",
                                  printed).groups()
         assert counted == pytest.approx(int(said) / 100, rel=0.1)  # hours have few digits

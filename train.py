@@ -1078,18 +1078,21 @@ def print_traffic(traffic, gpus, link):
               f"{speed} GB/s {where}")
 
 
+def mfu_of(args, name):
+    """The MFU that a plan counts with, of the flag or of a GPU, and where it is from."""
+    if args.mfu is not None:
+        return args.mfu, "is what --mfu says"
+    if name in MEASURED_MFU:
+        return MEASURED_MFU[name], ("was measured on one such GPU, blocks recomputed; what several "
+                                    "lose by\n  waiting for each other is not in it")
+    return 0.35, ("is assumed (--mfu), not measured; torchtitan reports 33 to 39 %\n  for FSDP of "
+                  "an 8B on H100")
+
+
 def print_cost(args, config, plan, num_steps, world_size, name):
-    """Time and money at --mfu, beside what the published run took."""
+    """Time and money at the MFU of mfu_of, beside what the published run took."""
     flops = plan["flops"]
-    mfu, source = args.mfu, "is what --mfu says."
-    if mfu is None and name in MEASURED_MFU:
-        mfu = MEASURED_MFU[name]
-        source = ("was measured on one such GPU alone (tests/gpu_results.md): what several lose\n"
-                  "  by waiting for each other is not in it.")
-    elif mfu is None:
-        mfu = 0.35
-        source = ("is assumed (--mfu), not measured; torchtitan reports 33 to 39 %\n  for FSDP of "
-                  "an 8B on H100.")
+    mfu, source = mfu_of(args, name)
     seconds = flops / (world_size * GPUS[name][0] * 1e12 * mfu)
     gpu_hours = seconds * world_size / 3600
     price = price_of(args, name)
@@ -1102,7 +1105,7 @@ def print_cost(args, config, plan, num_steps, world_size, name):
         cost += f", {gpu_hours * price:,.2f} dollars at {price} an hour"
     print(f"\na step: {flops / num_steps:.2e} FLOP, {duration(seconds / num_steps)}\n"
           f"the run: {flops:.2e} FLOP, {duration(seconds)}, {cost}\n"
-          f"  An MFU of {mfu:.0%} {source} Loading, saving and export are not counted.")
+          f"  An MFU of {mfu:.0%} {source}. Loading, saving and export are not counted.")
     # on one H200 builtin:tiny in fp32 reached about a thousandth of what 32B's blocks do
     if mfu > 0.3 and (config.num_parameters < 1e9 or args.dtype == "float32"):
         print("warning: such an MFU takes bfloat16 and billions of parameters: time a few steps "
